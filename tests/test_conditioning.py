@@ -1,0 +1,170 @@
+"Cond, tokens, encoders: fields stay together, padding is not seen, words nobody knows are said."
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from t2i_course.core.conditioning import PAD, START, UNKNOWN, Block, Cond, Conditioned, LabelEmbedder, TextEncoder, WordBag, WordTokenizer, cat, raw_cond
+from t2i_course.core.data import Draws, load
+
+WORDS = load('painted').words
+
+
+@pytest.fixture
+def tok(): return WordTokenizer(WORDS, 9)
+
+
+def encoders(tok):
+    torch.manual_seed(0)
+    return WordBag(len(tok), 16), TextEncoder(len(tok), tok.max_len, 16, 2, 4)
+
+
+def fields(c): return c.seq, c.pooled, c.mask, c.ids
+
+
+# --- tokens ---
+
+def test_known_captions(tok):
+    c = tok(['a red seven', 'a'])
+    assert c.ids.shape == c.mask.shape == (2, 9) and len(c) == 2 and c.seq.shape == (2, 9, 0) and c.pooled.shape == (2, 0)
+    assert c.ids[0, 0] == START and c.mask.sum(1).tolist() == [4, 2] and torch.equal(c.mask, c.ids != PAD)
+    assert [tok.words[i-3] for i in c.ids[0, 1:4].tolist()] == ['a', 'red', 'seven']
+    assert torch.equal(tok(['A RED, seven!']).ids[:, [1, 2, 4]], tok(['a red seven']).ids[:, [1, 2, 3]])
+
+
+@pytest.mark.parametrize('name', ['digits', 'painted', 'painted2'])
+def test_every_caption_fits(name):
+    data = load(name)
+    tok = WordTokenizer(data.words, data.size)
+    captions = data.batch('train', Draws(0, torch.arange(1000))).captions
+    c = tok(captions)
+    assert (c.ids != UNKNOWN).all() and not any(tok.notes(s) for s in captions)
+    assert c.mask[:, -1].any() # and the length is not larger than it must be
+    assert len({tuple(r) for r in c.ids.tolist()}) == len(set(captions))
+
+
+def test_words_nobody_knows(tok):
+    c = tok(['a 빨간 seven 🎨'])
+    assert (c.ids == UNKNOWN).sum() == 2 and c.mask.sum() == 5
+    assert tok.notes('a 빨간 seven 🎨 🎨') == ["'a 빨간 seven 🎨 🎨': the model never saw 빨간, 🎨; drawn without"]
+    import unicodedata
+    assert WordTokenizer(['빨간'])([unicodedata.normalize('NFD', '빨간')]).ids[0, 1] == 3 # letters in pieces, as some systems type them
+    assert tok.notes('a ❤️ seven') == ["'a ❤️ seven': the model never saw ❤; drawn without"] # without the invisible variation sign
+
+
+def test_too_long(tok):
+    eight = 'a bold red seven leaning left on pink'
+    assert tok.notes(eight) == [] and tok([eight]).mask.all()
+    note, = tok.notes(eight+' on black')
+    assert note == f"'{eight} on black': cut after 'pink' (8 words at most)"
+    assert torch.equal(tok([eight]).ids, tok([eight+' on black']).ids)
+
+
+@pytest.mark.parametrize('empty', ['', ' ', '\t\n'])
+def test_empty_caption_is_null(tok, empty):
+    assert all(torch.equal(a, b) for a, b in zip(fields(tok([empty])), fields(tok.null()))) and tok.notes(empty) == []
+    assert tok.null().mask.sum() == 1 and tok.null().ids[0, 0] == START
+
+
+@given(st.lists(st.text(max_size=40), min_size=1, max_size=5))
+@settings(deadline=None, max_examples=100)
+def test_any_text_gives_tokens(captions):
+    tok = WordTokenizer(WORDS, 9)
+    c = tok(captions)
+    assert c.ids.shape == (len(captions), 9) and c.mask[:, 0].all() and c.ids.max() < len(tok)
+    assert all(isinstance(n, str) for s in captions for n in tok.notes(s))
+
+
+# --- dropping ---
+
+def full(b=6, l=4, d=3):
+    g = torch.Generator().manual_seed(0)
+    return Cond(torch.randn(b, l, d, generator=g), torch.randn(b, d, generator=g), torch.rand(b, l, generator=g) < .5, torch.randint(9, (b, l), generator=g))
+
+
+def test_drop_takes_all_four_fields_sample_by_sample():
+    c, null = full(), Cond(torch.full((1, 4, 3), 7.), torch.full((1, 3), 8.), torch.tensor([[True, False, False, False]]), torch.full((1, 4), 5))
+    keep = torch.tensor([True, False, True, True, False, False])
+    for was, now, put in zip(fields(c), fields(c.drop(keep, null)), fields(null)):
+        assert torch.equal(now[keep], was[keep]) and torch.equal(now[~keep], put.expand_as(was)[~keep]) and now.dtype == was.dtype
+    assert all(torch.equal(a, b) for a, b in zip(fields(c.drop(torch.ones(6, dtype=torch.bool), null)), fields(c)))
+
+
+def test_dropped_tokens_encode_as_the_empty_caption(tok):
+    c = tok(['a red seven', 'a blue two', 'a digit']).drop(torch.tensor([False, True, False]), tok.null())
+    for enc in encoders(tok):
+        got, empty, kept = enc(c), enc(tok(['']*3)), enc(tok(['a blue two']*3))
+        assert torch.allclose(got.pooled[[0, 2]], empty.pooled[[0, 2]], atol=1e-6) and torch.allclose(got.pooled[1], kept.pooled[1], atol=1e-6)
+
+
+def test_cat_index_map():
+    c = full()
+    two = cat(c, c[:2])
+    assert len(two) == 8 and all(torch.equal(a, b) for a, b in zip(fields(two[6:]), fields(c[:2])))
+    assert c.to('cpu').seq.device.type == 'cpu' and c[torch.tensor([3, 1])].ids.shape == (2, 4)
+
+
+# --- encoders ---
+
+def test_attention_is_softmax_of_products():
+    q, k, v = torch.randn(2, 4, 9, 16), torch.randn(2, 4, 7, 16), torch.randn(2, 4, 7, 16)
+    mask = torch.rand(2, 1, 1, 7) < .6
+    mask[..., 0] = True
+    scores = (q@k.transpose(-2, -1)/16**.5).masked_fill(~mask, -torch.inf)
+    torch.testing.assert_close(scores.softmax(-1)@v, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
+def test_block_equals_torch():
+    "The same numbers as nn.TransformerEncoderLayer"
+    torch.manual_seed(0)
+    ours, ref = Block(16, 4), torch.nn.TransformerEncoderLayer(16, 4, 64, 0., F.gelu, batch_first=True, norm_first=True)
+    with torch.no_grad():
+        for a, b in ((ref.self_attn.in_proj_weight, ours.qkv.weight), (ref.self_attn.in_proj_bias, ours.qkv.bias), (ref.self_attn.out_proj.weight, ours.out.weight),
+                     (ref.self_attn.out_proj.bias, ours.out.bias)): a.copy_(b)
+    ref.linear1.load_state_dict(ours.mlp[0].state_dict())
+    ref.linear2.load_state_dict(ours.mlp[2].state_dict())
+    ref.norm1.load_state_dict(ours.norm1.state_dict())
+    ref.norm2.load_state_dict(ours.norm2.state_dict())
+    x, mask = torch.randn(3, 7, 16), torch.arange(7) < torch.tensor([[7], [4], [1]])
+    torch.testing.assert_close(ours(x, mask)[mask], ref(x, src_key_padding_mask=~mask)[mask])
+
+
+def test_padding_is_not_seen(tok):
+    captions = ['a red seven', 'a']
+    long = WordTokenizer(WORDS, 12)
+    for enc, wide in zip(encoders(tok), encoders(long)):
+        state = {k: v for k, v in enc.state_dict().items()}
+        if 'place' in state: state['place'] = torch.cat([state['place'], torch.randn(3, 16)])
+        wide.load_state_dict(state)
+        a, b = enc(tok(captions)), wide(long(captions))
+        torch.testing.assert_close(a.pooled, b.pooled)
+        torch.testing.assert_close(a.seq[a.mask], b.seq[b.mask])
+
+
+def test_only_the_transformer_sees_order():
+    data = load('painted2')
+    tok = WordTokenizer(data.words, data.size)
+    bag, transformer = encoders(tok)
+    there, back = 'a red two left of a blue seven', 'a blue seven left of a red two'
+    torch.testing.assert_close(*bag(tok([there, back])).pooled)
+    a, b = transformer(tok([there, back])).pooled
+    assert (a-b).abs().max() > 1e-3
+
+
+def test_labels():
+    enc = LabelEmbedder(10, 8)
+    c = raw_cond(torch.tensor([[3], [7], [3]]), torch.ones(3, 1, dtype=torch.bool))
+    out = enc(c.drop(torch.tensor([True, True, False]), enc.null()))
+    assert out.seq.shape == (3, 1, 8) and torch.equal(out.pooled[0], enc.table.weight[3]) and torch.equal(out.pooled[2], enc.table.weight[10])
+
+
+def test_conditioned_trains_both(tok):
+    class Net(torch.nn.Module):
+        in_channels = 3
+        def __init__(self):
+            super().__init__()
+            self.f = torch.nn.Linear(16, 3)
+        def forward(self, x_t, t, cond): return x_t*t[:, None, None, None]+self.f(cond.pooled)[:, :, None, None]
+    net = Conditioned(encoders(tok)[1], Net())
+    out = net(torch.randn(2, 3, 4, 4), torch.rand(2), tok(['a red seven', 'a']))
+    out.square().mean().backward()
+    assert out.shape == (2, 3, 4, 4) and net.in_channels == 3 and all(p.grad is not None for p in net.parameters())

@@ -1,0 +1,343 @@
+"The rules of the house, one test a rule. CONTRIBUTING.md says why each is there."
+import ast
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from execnb.nbio import nb2str
+from nbdev.clean import clean_nb
+from tree import LIB, ROOT, chapters, copy_to, files, generated, modules, notebooks
+
+NOTEBOOKS, CHAPTERS = notebooks(), chapters()
+BY_MODULE = {chapter.address: chapter for chapter in CHAPTERS}
+every_notebook = pytest.mark.parametrize("nb", NOTEBOOKS, ids=str)
+every_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=str)
+
+
+# --- Numbers and addresses ---
+
+@every_chapter
+def test_chapter_stands_in_a_numbered_room(chapter):
+    assert re.fullmatch(r"nbs/\d\d_[a-z0-9_]+/\d\d_[a-z0-9_]+\.ipynb", str(chapter))
+
+
+def test_chapter_numbers_are_unique():
+    assert CHAPTERS
+    counts = Counter(chapter.number for chapter in CHAPTERS)
+    assert max(counts.values()) == 1, counts
+
+
+@every_chapter
+def test_one_module_at_the_same_address(chapter):
+    exports = [cell for cell in chapter.code_cells if cell.exported]
+    assert len(chapter.modules) <= 1
+    if exports: assert chapter.modules == [chapter.address]
+    for cell in exports:
+        elsewhere = [cell.directive(name) for name in ("export", "exports", "exporti")]
+        assert not any(elsewhere), f"one chapter, one module:\n{cell.source}"
+
+
+# --- Imports ---
+
+def imported_modules(tree):
+    "Every module a piece of code imports, as (dotted name, level)."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom): yield node.module or "", node.level
+        if isinstance(node, ast.Import): yield from ((alias.name, 0) for alias in node.names)
+
+
+@every_chapter
+def test_exported_imports_come_from_smaller_numbers(chapter):
+    trees = [cell.code for cell in chapter.code_cells if cell.exported]
+    for name, level in [found for tree in trees for found in imported_modules(tree)]:
+        assert level == 0, f"write `from {LIB}... import`: nbdev makes it relative"
+        if name.split(".")[0] != LIB: continue
+        source = BY_MODULE.get(name.removeprefix(f"{LIB}."))
+        assert source, f"{name} is not the module of a chapter"
+        assert source.number < chapter.number, f"{name} is explained later"
+
+
+@every_chapter
+def test_package_is_imported_from_not_as(chapter):
+    "nbdev leaves `import t2i_course.x as y` as it stands, and the export would not be relative."
+    nodes = [node for cell in chapter.code_cells if cell.exported for node in ast.walk(cell.code)]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    assert not [name for name in names if name.split(".")[0] == LIB]
+
+
+@every_notebook
+def test_imports_stand_alone(nb):
+    "A cell mixing imports with other code is run while the pages are made, in an otherwise empty namespace."
+    imports = (ast.Import, ast.ImportFrom)
+    for cell in nb.code_cells:
+        if "nbdev_export()" in cell.source or cell.directive("eval") == "false": continue
+        nodes = cell.code.body if cell.exported else ast.walk(cell.code)
+        has_import = any(isinstance(node, imports) for node in nodes)
+        assert not has_import or all(isinstance(node, imports) for node in cell.code.body), cell.source
+
+
+HEAVY = ["accelerate", "diffusers", "matplotlib.pyplot", "peft", "sklearn", "torchmetrics", "torchvision",
+         "transformers"]
+
+
+def names_of_modules():
+    "Dotted names of everything in the package that is made to be imported."
+    names = [path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in modules()]
+    return [name.removesuffix(".__init__") for name in names if not name.endswith("_modidx")]
+
+
+def test_import_is_light():
+    "Importing any module of the package costs torch and nothing else."
+    code = f"""
+import importlib, sys
+for name in {names_of_modules()}:
+    importlib.import_module(name)
+    print(name, *[heavy for heavy in {HEAVY} if heavy in sys.modules])
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert not [line for line in run.stdout.splitlines() if " " in line]
+
+
+# --- The package and its notebooks ---
+
+EXPORT = "from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    "A copy of the repository in which the package was exported anew, every warning an error."
+    copy = copy_to(tmp_path_factory.mktemp("export"))
+    for path in modules():
+        if generated(path): (copy / path.relative_to(ROOT)).unlink()
+    env = {name: value for name, value in os.environ.items() if name != "IN_TEST"}
+    command = [sys.executable, "-W", "error::UserWarning", "-c", EXPORT]
+    run = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return copy
+
+
+def test_export_leaves_a_clean_tree(exported):
+    "The same files with the same text: run `make export` when this fails."
+    made = {path.relative_to(exported / LIB) for path in (exported / LIB).rglob("*.py")}
+    kept = {path.relative_to(ROOT / LIB) for path in modules()}
+    assert made == kept
+    for path in kept: assert (exported / LIB / path).read_text() == (ROOT / LIB / path).read_text(), path
+
+
+def test_no_orphan_module():
+    sources = {path: generated(path) for path in modules()}
+    assert not [path for path, source in sources.items() if source and not source.exists()]
+
+
+def test_few_modules_are_written_by_hand():
+    nbdevs_own = {"__init__.py", "_modidx.py"}
+    by_hand = [path.name for path in modules() if not generated(path) and path.name not in nbdevs_own]
+    assert len(by_hand) <= 5, by_hand
+
+
+def test_index_of_names_points_at_modules():
+    index = {}
+    exec((ROOT / LIB / "_modidx.py").read_text(), index)
+    missing = [name for name in index["d"]["syms"] if not (ROOT / f"{name.replace('.', '/')}.py").exists()]
+    assert not missing
+
+
+def ruff(*args):
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", *args]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_ruff_passes_on_the_code():
+    "No unresolved or unused name, no star import."
+    ruff(LIB, "tests", "tools", "setup.py")
+
+
+def test_ruff_resolves_every_name_in_the_notebooks():
+    "Read from top to bottom, a notebook uses only names it has defined."
+    ruff("--select", "F821,F822,F823,F403,F405", "nbs")
+
+
+# --- Notebooks as files ---
+
+@every_notebook
+def test_notebook_is_clean(nb):
+    "`nbdev_clean` has nothing to do."
+    notebook = json.loads(nb.text)
+    clean_nb(notebook)
+    assert nb2str(notebook) == nb.text
+
+
+@every_notebook
+def test_notebook_is_small(nb):
+    assert nb.path.stat().st_size < 1_000_000
+
+
+def texts(output):
+    "What a saved output says in plain text."
+    yield "".join(output.get("text", ""))
+    yield "".join(output.get("data", {}).get("text/plain", ""))
+
+
+@every_notebook
+def test_no_error_and_no_warning_is_saved(nb):
+    for output in nb.outputs:
+        assert output["output_type"] != "error", output.get("evalue")
+        assert output.get("name") != "stderr", output.get("text")
+        for text in texts(output): assert not re.search(r"\b\w*Warning: |Traceback \(most recent", text), text
+
+
+# --- The parts of a chapter ---
+
+@every_chapter
+def test_begins_with_title_and_claim(chapter):
+    "The cell becomes the page's title and description: anything else in it would be lost."
+    title = chapter.cells[0] if chapter.cells[0].kind == "markdown" else chapter.cells[1]
+    assert re.fullmatch(r"# [^\n]+\n+> [^\n]+\n?", title.source), title.source
+
+
+@every_chapter
+def test_shows_a_picture(chapter):
+    shown = [key for output in chapter.outputs for key in output.get("data", {})]
+    assert [key for key in shown if key.startswith("image/")] or "t2i-explorer" in json.dumps(chapter.outputs)
+
+
+FOLDED = r"<details|collapse=\"?true|code-fold: true"
+
+
+def exercises(chapter):
+    "The cells of each `### ` exercise, as lists."
+    groups = []
+    for cell in chapter.section("Exercises"):
+        if cell.kind == "markdown" and cell.source.startswith("### "): groups.append([])
+        if groups: groups[-1].append(cell)
+    return groups
+
+
+@every_chapter
+def test_has_three_exercises_checked_by_code(chapter):
+    groups = exercises(chapter)
+    assert len(groups) == 3
+    for cells in groups:
+        name, text = cells[0].source.splitlines()[0], "\n".join(cell.source for cell in cells)
+        code = [cell.source for cell in cells if cell.kind == "code"]
+        assert re.search(r"check|assert", "\n".join(code)), f"{name}: check the answer"
+        assert re.search(FOLDED, text), f"{name}: fold the solution"
+
+
+@every_chapter
+def test_has_five_quiz_questions_with_folded_answers(chapter):
+    text = "\n".join(cell.source for cell in chapter.section("Quiz"))
+    assert len(re.findall(r"<details|collapse=\"?true", text)) == 5
+
+
+@every_chapter
+def test_ends_with_summary_references_and_export(chapter):
+    assert chapter.section("Summary")
+    assert re.search(r"arXiv:\d{4}\.\d{4,5}|arXiv:[a-z-]+/\d{7}", chapter.markdown)
+    last = chapter.cells[-1]
+    assert last.directive("hide") is not None and "nbdev_export()" in last.source
+
+
+# --- Measured numbers ---
+# A number that comes from a run is written with its source: 93.1% <!-- results/60_flow_matching.json#demo -->
+
+MARK = re.compile(r"<!--\s*results[/:](?P<file>[\w./-]+\.json)#(?P<path>[\w.\[\]-]+)\s*-->")
+UNIT = r"[*_`]*(?:\s[A-Za-z]{1,12})?[*_`]*\s*"
+NUMBER = re.compile(rf"(?P<number>[-−]?\d[\d,]*(?:\.\d+)?)(?P<percent>\s?%)?{UNIT}$")
+
+
+def lookup(file, path):
+    "The value at `a.b.0.c` in a result file."
+    value = json.loads((ROOT / "results" / file).read_text(encoding="utf-8"))
+    for key in re.findall(r"[^.\[\]]+", path):
+        value = value[int(key)] if isinstance(value, list) else value[key]
+    return value
+
+
+def as_written(value, number, percent):
+    "`value` with as many decimals as `number` shows."
+    decimals = len(number.partition(".")[2])
+    return f"{value * 100 if percent else value:.{decimals}f}"
+
+
+def measured(text):
+    "Every marked number: (number, is it a percentage, file, path)."
+    for mark in MARK.finditer(text):
+        found = NUMBER.search(text[:mark.start()].rpartition("\n")[2])
+        assert found, f"no number before {mark.group(0)}"
+        number = found["number"].replace(",", "").replace("−", "-")
+        yield number, bool(found["percent"]), mark["file"], mark["path"]
+
+
+@every_notebook
+def test_measured_numbers_are_in_results(nb):
+    for number, percent, file, path in measured(nb.markdown):
+        value = lookup(file, path)
+        assert as_written(value, number, percent) == number, f"{file}#{path} is {value}"
+
+
+@every_notebook
+def test_percentages_name_their_source(nb):
+    "A percentage with decimals was measured: by us, then it is marked; by others, then the line cites them."
+    for line in nb.markdown.splitlines():
+        if MARK.search(line) or "arXiv" in line or "](http" in line: continue
+        assert not re.search(r"\d\.\d+\s?%", line), line
+
+
+def keys(value):
+    "All keys of a nested JSON value."
+    if isinstance(value, dict): return set(value).union(*map(keys, value.values()))
+    return set().union(*map(keys, value)) if isinstance(value, list) else set()
+
+
+RESULTS = [path for path in files() if path.match("results/*.json")]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_result_file_says_how_it_was_made(path):
+    needed = {"chapter", "command", "date", "hardware", "seeds", "versions"}
+    assert needed <= keys(json.loads(path.read_text(encoding="utf-8")))
+
+
+# --- Shipped weights ---
+
+WEIGHTS = [path for path in files() if path.suffix == ".safetensors"]
+
+
+@pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.name)
+def test_weights_come_with_hash_and_command(path):
+    card = path.with_suffix(".json").read_text(encoding="utf-8")
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in card
+    assert "command" in keys(json.loads(card))
+
+
+def test_weights_are_small():
+    assert sum(path.stat().st_size for path in WEIGHTS) < 1_000_000
+
+
+# --- The tree ---
+
+HOMES = r"(?<![\w.~/])/(?:home|Users|root|work|mnt)/[\w.]|[A-Z]:\\\\?Users"
+PLACES = re.compile(HOMES + r"|pypi[.]org|python[h]osted")
+TEXT = {".py", ".ipynb", ".md", ".yml", ".ini", ".toml", ".txt", ".json", ".scss", ".in", ""}
+
+
+def test_no_place_of_one_machine_in_the_tree():
+    "No absolute path, no package registry: the repository works wherever it is cloned."
+    found = []
+    for path in files():
+        if path.suffix not in TEXT or path.name == "LICENSE": continue
+        for match in PLACES.finditer(path.read_text(encoding="utf-8")):
+            found.append(f"{path.relative_to(ROOT)}: {match.group(0)}")
+    assert not found
+
+
+def test_no_large_file_in_the_tree():
+    assert not [path.name for path in files() if path.stat().st_size > 1_000_000]
