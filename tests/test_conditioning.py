@@ -1,9 +1,12 @@
 "Cond, tokens, encoders: fields stay together, padding is not seen, words nobody knows are said."
+import unicodedata
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from t2i_course.core.conditioning import PAD, START, UNKNOWN, Block, Cond, Conditioned, LabelEmbedder, TextEncoder, WordBag, WordTokenizer, cat, raw_cond
+from t2i_course.core.conditioning import (PAD, START, UNKNOWN, Block, Cond, Conditioned, LabelEmbedder,
+                                          TextEncoder, WordBag, WordTokenizer, cat, raw_cond)
 from t2i_course.core.data import Draws, load
 
 WORDS = load('painted').words
@@ -25,7 +28,10 @@ def fields(c): return c.seq, c.pooled, c.mask, c.ids
 
 def test_known_captions(tok):
     c = tok(['a red seven', 'a'])
-    assert c.ids.shape == c.mask.shape == (2, 9) and len(c) == 2 and c.seq.shape == (2, 9, 0) and c.pooled.shape == (2, 0)
+    assert c.ids.shape == c.mask.shape == (2, 9)
+    assert len(c) == 2
+    assert c.seq.shape == (2, 9, 0)
+    assert c.pooled.shape == (2, 0)
     assert c.ids[0, 0] == START and c.mask.sum(1).tolist() == [4, 2] and torch.equal(c.mask, c.ids != PAD)
     assert [tok.words[i-3] for i in c.ids[0, 1:4].tolist()] == ['a', 'red', 'seven']
     assert torch.equal(tok(['A RED, seven!']).ids[:, [1, 2, 4]], tok(['a red seven']).ids[:, [1, 2, 3]])
@@ -46,9 +52,10 @@ def test_words_nobody_knows(tok):
     c = tok(['a 빨간 seven 🎨'])
     assert (c.ids == UNKNOWN).sum() == 2 and c.mask.sum() == 5
     assert tok.notes('a 빨간 seven 🎨 🎨') == ["'a 빨간 seven 🎨 🎨': the model never saw 빨간, 🎨; drawn without"]
-    import unicodedata
-    assert WordTokenizer(['빨간'])([unicodedata.normalize('NFD', '빨간')]).ids[0, 1] == 3 # letters in pieces, as some systems type them
-    assert tok.notes('a ❤️ seven') == ["'a ❤️ seven': the model never saw ❤; drawn without"] # without the invisible variation sign
+    pieces = unicodedata.normalize('NFD', '빨간') # as some systems type it
+    assert WordTokenizer(['빨간'])([pieces]).ids[0, 1] == 3
+    # the invisible variation sign is not named
+    assert tok.notes('a ❤️ seven') == ["'a ❤️ seven': the model never saw ❤; drawn without"]
 
 
 def test_too_long(tok):
@@ -61,7 +68,8 @@ def test_too_long(tok):
 
 @pytest.mark.parametrize('empty', ['', ' ', '\t\n'])
 def test_empty_caption_is_null(tok, empty):
-    assert all(torch.equal(a, b) for a, b in zip(fields(tok([empty])), fields(tok.null()))) and tok.notes(empty) == []
+    assert all(torch.equal(a, b) for a, b in zip(fields(tok([empty])), fields(tok.null())))
+    assert tok.notes(empty) == []
     assert tok.null().mask.sum() == 1 and tok.null().ids[0, 0] == START
 
 
@@ -78,14 +86,18 @@ def test_any_text_gives_tokens(captions):
 
 def full(b=6, l=4, d=3):
     g = torch.Generator().manual_seed(0)
-    return Cond(torch.randn(b, l, d, generator=g), torch.randn(b, d, generator=g), torch.rand(b, l, generator=g) < .5, torch.randint(9, (b, l), generator=g))
+    return Cond(torch.randn(b, l, d, generator=g), torch.randn(b, d, generator=g),
+                torch.rand(b, l, generator=g) < .5, torch.randint(9, (b, l), generator=g))
 
 
 def test_drop_takes_all_four_fields_sample_by_sample():
-    c, null = full(), Cond(torch.full((1, 4, 3), 7.), torch.full((1, 3), 8.), torch.tensor([[True, False, False, False]]), torch.full((1, 4), 5))
+    c, null = full(), Cond(torch.full((1, 4, 3), 7.), torch.full((1, 3), 8.),
+                           torch.tensor([[True, False, False, False]]), torch.full((1, 4), 5))
     keep = torch.tensor([True, False, True, True, False, False])
     for was, now, put in zip(fields(c), fields(c.drop(keep, null)), fields(null)):
-        assert torch.equal(now[keep], was[keep]) and torch.equal(now[~keep], put.expand_as(was)[~keep]) and now.dtype == was.dtype
+        assert torch.equal(now[keep], was[keep])
+        assert torch.equal(now[~keep], put.expand_as(was)[~keep])
+        assert now.dtype == was.dtype
     assert all(torch.equal(a, b) for a, b in zip(fields(c.drop(torch.ones(6, dtype=torch.bool), null)), fields(c)))
 
 
@@ -93,7 +105,8 @@ def test_dropped_tokens_encode_as_the_empty_caption(tok):
     c = tok(['a red seven', 'a blue two', 'a digit']).drop(torch.tensor([False, True, False]), tok.null())
     for enc in encoders(tok):
         got, empty, kept = enc(c), enc(tok(['']*3)), enc(tok(['a blue two']*3))
-        assert torch.allclose(got.pooled[[0, 2]], empty.pooled[[0, 2]], atol=1e-6) and torch.allclose(got.pooled[1], kept.pooled[1], atol=1e-6)
+        assert torch.allclose(got.pooled[[0, 2]], empty.pooled[[0, 2]], atol=1e-6)
+        assert torch.allclose(got.pooled[1], kept.pooled[1], atol=1e-6)
 
 
 def test_cat_index_map():
@@ -116,9 +129,11 @@ def test_attention_is_softmax_of_products():
 def test_block_equals_torch():
     "The same numbers as nn.TransformerEncoderLayer"
     torch.manual_seed(0)
-    ours, ref = Block(16, 4), torch.nn.TransformerEncoderLayer(16, 4, 64, 0., F.gelu, batch_first=True, norm_first=True)
+    ours, ref = Block(16, 4), torch.nn.TransformerEncoderLayer(16, 4, 64, 0., F.gelu, batch_first=True,
+                                                               norm_first=True)
     with torch.no_grad():
-        for a, b in ((ref.self_attn.in_proj_weight, ours.qkv.weight), (ref.self_attn.in_proj_bias, ours.qkv.bias), (ref.self_attn.out_proj.weight, ours.out.weight),
+        for a, b in ((ref.self_attn.in_proj_weight, ours.qkv.weight), (ref.self_attn.in_proj_bias, ours.qkv.bias),
+                     (ref.self_attn.out_proj.weight, ours.out.weight),
                      (ref.self_attn.out_proj.bias, ours.out.bias)): a.copy_(b)
     ref.linear1.load_state_dict(ours.mlp[0].state_dict())
     ref.linear2.load_state_dict(ours.mlp[2].state_dict())
@@ -154,7 +169,9 @@ def test_labels():
     enc = LabelEmbedder(10, 8)
     c = raw_cond(torch.tensor([[3], [7], [3]]), torch.ones(3, 1, dtype=torch.bool))
     out = enc(c.drop(torch.tensor([True, True, False]), enc.null()))
-    assert out.seq.shape == (3, 1, 8) and torch.equal(out.pooled[0], enc.table.weight[3]) and torch.equal(out.pooled[2], enc.table.weight[10])
+    assert out.seq.shape == (3, 1, 8)
+    assert torch.equal(out.pooled[0], enc.table.weight[3])
+    assert torch.equal(out.pooled[2], enc.table.weight[10])
 
 
 def test_conditioned_trains_both(tok):

@@ -1,0 +1,527 @@
+"""The `t2i` command: train, sample, eval, run, data, bench, report, doctor, demo."""
+import argparse, json, math, os, platform, sys, time
+from datetime import date
+from importlib import import_module, metadata
+from pathlib import Path
+import numpy as np
+import torch
+from t2i_course.core.data import CourseError, Draws, load, results_path, scale as current_scale
+from t2i_course.core.ema import EMA
+from t2i_course.core.training import State, bf16_pays, feed, pick_device, train
+from t2i_course.runs import (Stopped, config_hash, cut_log, follow, load_tensors, read_config, resume as take_up,
+                             save_tensors, write_json, write_whole)
+
+RECIPES = dict(ddpm='t2i_course.diffusion.ddpm', flow_matching='t2i_course.flow.flow_matching')
+CHAPTERS = dict(metrics='t2i_course.core.metrics', **RECIPES)
+# the clock when neither --images nor --seconds is given
+IMAGES = dict(smoke=2_048, demo=100_000, full=100_000_000)
+PROMPTS = ['a bold red seven leaning left on pink', 'a thin green three on black',
+           'a bold purple nine on white', 'a blue four leaning right on gray',
+           'a bold orange six on black', 'a thin red two on white',
+           'a bold yellow zero leaning right on gray', 'a thin purple five on pink',
+           # from here on: pairs of digit and ink never trained on
+           'a bold blue zero on white', 'a bold green eight on pink',
+           'a red six leaning left on black', 'a bold purple seven on white']
+
+def say(text=''):
+    "A line on standard error"
+    print(text, file=sys.stderr, flush=True)
+
+def module(name:str, table:dict=RECIPES):
+    "The module of a recipe or chapter"
+    if name not in table: raise CourseError(f"there is no '{name}': choose {', '.join(table)}")
+    return import_module(table[name])
+
+def between(value, low, high, name:str, whole:bool=False):
+    "A number in its range, or a sentence that says the range"
+    if value is None: return None
+    if isinstance(value, float) and math.isnan(value) or not low<=value<=high:
+        kind = 'a whole number ' if whole else ''
+        raise CourseError(f"{name} must be {kind}from {low:g} to {high:g}; got {value:g}")
+    return value
+
+def installed()->str:
+    "The version of the installed package, or 'source'"
+    try: return metadata.version('t2i_course')
+    except metadata.PackageNotFoundError: return 'source'
+
+def versions()->dict:
+    "What a result was made with"
+    return dict(python=platform.python_version(), torch=torch.__version__, t2i_course=installed())
+
+def hardware()->str:
+    "The GPU's name, or the processor's and its cores"
+    if torch.cuda.is_available(): return torch.cuda.get_device_name()
+    name,info = platform.processor() or platform.machine(),Path('/proc/cpuinfo')
+    if info.exists():
+        names = (l.split(':')[1].strip() for l in info.read_text().splitlines() if l.startswith('model name'))
+        name = next(names, name)
+    return f'{name}, {os.cpu_count()} cores'
+
+def command()->str:
+    "The command that is running"
+    return ' '.join(['t2i', *sys.argv[1:]]) if Path(sys.argv[0]).name in ('t2i','cli.py') else 'python'
+
+# ---- train ----
+def settings(recipe, data, scale, seconds, images, seed, precision)->dict:
+    "The config of a new run: everything needed to make the same model again"
+    mod,ds = module(recipe),load(data)
+    more = {}
+    if recipe=='flow_matching': # the words that the head start reads, attribute by attribute
+        groups = [[w for w in v if w in ds.words and w!='upright']
+                  for k,v in ds.attributes.items() if k in ('digit','lean','weight','label')]
+        more = dict(groups=[g for g in groups if g])
+    if images is None and seconds is None: images = IMAGES[scale]
+    if precision=='auto': precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
+    return mod.recipe(ds.shape[0], ds.words, ds.size, scale, **more)|dict(
+        data=str(Path(data).resolve()) if Path(data).is_dir() else data,
+        source=ds.source, shape=list(ds.shape), scale=scale,
+        images=images, seconds=seconds, seed=seed, precision=precision,
+        threads=torch.get_num_threads(), versions=versions(), hardware=hardware())
+
+def make_folder(out)->Path:
+    "Make a folder and try to write there"
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out/'.try').touch(); (out/'.try').unlink()
+    except OSError as e: raise CourseError(f'{out} cannot be written ({e.strerror}). Choose another --out.') from e
+    return out
+
+def train_run(
+    recipe='flow_matching',# see RECIPES
+    data='painted',        # name of a data set, or a folder
+    scale=None,            # smoke, demo or full; default T2I_SCALE, else demo
+    seconds=None,          # wall time of training, fitting a skip included
+    images=None,           # or images seen: the clock that makes a run repeatable
+    seed=0,                # of every random number
+    out=None,              # run folder; default runs/RECIPE-DATA-SEED
+    resume=False,          # go on with the run in `out`
+    precision='auto',      # auto, fp32, bf16 or fp16
+    quiet=False,           # no progress bar
+    save_every=20.,        # seconds between checkpoints
+)->Path:                   # the run folder
+    "Train a recipe; leaves config.json, model.safetensors, checkpoint.safetensors and log.jsonl"
+    if seconds and images: raise CourseError('give either --seconds or --images, not both')
+    between(seconds, 1e-3, 1e8, '--seconds')
+    between(images, 1, 1e12, '--images', whole=True)
+    between(seed, 0, 2**62, '--seed', whole=True)
+    out = Path(out or f'runs/{recipe}-{Path(data).name}-{seed}')
+    if (out/'config.json').exists():
+        if not resume: raise CourseError(f'{out} already holds a run: go on with it by --resume, or choose another --out')
+        config = read_config(out)
+        for name,value in (('images',images),('seconds',seconds)):
+            if value and value!=config[name]:
+                raise CourseError(f'{out} was started with other --images or --seconds than --{name} {value:g}: '
+                                  f'resume without --{name}, or train into another folder')
+    else:
+        if resume: say(f'{out} holds no run yet: starting from the beginning')
+        config = settings(recipe, data, scale or current_scale(), seconds, images, seed, precision)
+        write_json(make_folder(out)/'config.json', config)
+    fit_run(out, config, quiet, save_every)
+    return out
+
+def fit_run(out:Path, config:dict, quiet:bool=False, save_every:float=20.):
+    "The training itself: everything comes from the config"
+    device,ds = pick_device(),load(config['data'])
+    torch.set_num_threads(min(config['threads'], os.cpu_count() or 1))
+    torch.manual_seed(config['seed'])
+    tok,den = module(config['recipe']).build(config)
+    den.net.to(device); den.to(device)
+    state = State(den.net, config['lr'], EMA(den.net, config['half_life']), precision=config['precision'])
+    saved = take_up(state, out, config)
+    if saved is not None:
+        if finished(out, state, config): return say(f'{out} is trained to the end already: nothing was changed')
+        say(f'going on at {state.images:,} images')
+    cut_log(out, state.step)
+    head_start(state, ds, tok, den.skip, config, saved)
+    tables = den.skip.tables if den.skip is not None else {}
+    records = train(state, den.loss, feed(ds, tok), images=config['images'], seconds=config['seconds'],
+                    batch=config['batch'], seed=config['seed'])
+    bar = progress_bar(state, config, quiet)
+    with open(out/'log.jsonl', 'a') as log:
+        for r in follow(state, records, out, config, tables, save_every):
+            bar(r)
+            if r.step%20==0: print(log_line(r), file=log, flush=True)
+    bar(None)
+    write_model(out, state, tables, config)
+
+def finished(out:Path, state, config:dict)->bool:
+    "Is the model of a run written and whole, and its budget used?"
+    left = state.images<config['images'] if config['images'] else state.seconds<config['seconds']
+    if left or not (out/'model.safetensors').exists(): return False
+    try: load_tensors(out/'model.safetensors')
+    except CourseError:
+        say(f"{out/'model.safetensors'} is damaged: writing it again from the checkpoint")
+        return False
+    return (out/'train.json').exists()
+
+def head_start(state, ds, tok, skip, config:dict, saved:dict):
+    "Fit the closed-form skip, or take it from the checkpoint; its time counts as training"
+    if skip is None: return
+    if saved:
+        skip.tables = {k:v.to(state.device) for k,v in saved.items()}
+        return
+    start = time.perf_counter()
+    draws = Draws(config['seed'], torch.arange(config['fit_images']))
+    b = ds.batch('train', draws)
+    cond = tok(b.captions).drop(draws.uniform('drop')>=config['p_drop'], tok.null())
+    skip.fit(b.x.to(state.device), cond.ids.to(state.device))
+    state.seconds += time.perf_counter()-start
+
+def log_line(r)->str:
+    "A record as a line of log.jsonl"
+    return json.dumps(dict(step=r.step, images=r.images, seconds=round(r.seconds, 2), loss=round(r.loss, 5)))
+
+def write_model(out:Path, state, tables:dict, config:dict):
+    "The averaged weights last: where model.safetensors is, the run is complete"
+    params = sum(p.numel() for p in state.net.parameters())
+    write_json(out/'train.json', dict(images=state.images, seconds=state.seconds, steps=state.step,
+                                      params=params, date=str(date.today())))
+    tensors = {f'net.{k}':v for k,v in state.ema.shadow.items()}|{f'skip.{k}':v for k,v in tables.items()}
+    save_tensors(out/'model.safetensors', tensors, config=config_hash(config))
+
+def progress_bar(state, config, quiet):
+    "A tqdm bar over images or seconds on standard error"
+    if quiet: return lambda r: None
+    from tqdm import tqdm
+    count = 'images' if config['images'] else 'seconds'
+    unit = dict(images='img', seconds='s')[count]
+    shape = '{l_bar}{bar}| {n:.0f}/{total:.0f} '+unit+' [{elapsed}<{remaining}{postfix}]'
+    bar = tqdm(total=config[count], initial=getattr(state, count), unit=unit, unit_scale=count=='images',
+               bar_format=shape, mininterval=.5, file=sys.stderr)
+    recent = []
+    def show(r):
+        if r is None: return bar.close()
+        recent.append(r.loss); del recent[:-50]
+        bar.set_postfix_str(f'loss {sum(recent)/len(recent):.3f}', refresh=False)
+        bar.update(max(0, min(bar.total, getattr(r, count))-bar.n))
+    return show
+
+# ---- sample and eval ----
+class Model:
+    "A trained run, ready to draw"
+    def __init__(self,
+        run, # run folder
+    ):
+        self.run,self.config = Path(run),read_config(run)
+        path = self.run/'model.safetensors'
+        if not path.exists():
+            raise CourseError(f'{run} is not trained to the end yet: go on with t2i train --resume --out {run}')
+        tensors,note = load_tensors(path)
+        if note.get('config')!=config_hash(self.config):
+            raise CourseError(f'{path} belongs to other settings than {run}/config.json. Train again into another folder.')
+        self.module,self.device = module(self.config['recipe']),pick_device()
+        self.tok,self.den = self.module.build(self.config)
+        own = lambda p: {k[len(p):]:v for k,v in tensors.items() if k.startswith(p)}
+        self.den.net.load_state_dict(own('net.'))
+        self.den.net.to(self.device).eval()
+        if self.den.skip is not None: self.den.skip.tables = own('skip.')
+        self.den.to(self.device)
+
+    def draw(self,
+        captions,       # n texts; '' draws without condition
+        seed=0,         # of the noise
+        steps=None,     # network evaluations; default the recipe's
+        guidance=None,  # scale; default the recipe's
+    )->torch.Tensor:    # (n c h w) in [-1,1]
+        "Pictures of captions, 250 at a time; the noise of a picture depends on the seed and its place alone"
+        from t2i_course.diffusion.ddpm import guided, sample
+        c = self.config
+        steps = between(steps, 1, 1000, '--steps', whole=True) or c['sample_steps']
+        guidance = c['guidance'] if guidance is None else between(guidance, 0, 50, '--guidance')
+        low = torch.float16 if c['precision']=='fp16' else torch.bfloat16
+        cast = torch.autocast(torch.device(self.device).type, low, enabled=c['precision']!='fp32')
+        ts,out = self.module.times(c, steps),[]
+        for part in torch.arange(len(captions)).split(250):
+            draws = Draws(seed, part, self.device)
+            den = guided(self.den, self.tok([captions[i] for i in part]).to(self.device),
+                         guidance, c['guide_above'], c['hold'])
+            x = draws.normal('x', *c['shape'])
+            with torch.no_grad(), cast:
+                for x in sample(den, self.den.process, x, ts, self.module.ETA, draws): pass
+            out.append(x.float().clamp(-1,1).cpu())
+        return torch.cat(out)
+
+def to_bytes(
+    x, # (n c h w) in [-1,1]
+):     # (n h w c) uint8
+    "Pictures as they are stored"
+    return ((x+1)*127.5).round().clamp(0,255).to(torch.uint8).permute(0,2,3,1).contiguous().numpy()
+
+def sample_run(
+    run,            # run folder, or a Model
+    captions,       # texts; '' draws without condition
+    per_caption=1,  # pictures of each, one after the other
+    steps=None,     # sampler steps; default the recipe's
+    guidance=None,  # scale; default the recipe's
+    seed=0,         # of the noise
+)->tuple:           # images uint8 (n h w c), captions
+    "Draw captions with a trained run; says what the model could not read"
+    between(per_caption, 1, 10_000, '--per-caption', whole=True)
+    between(seed, 0, 2**62, '--seed', whole=True)
+    m = run if isinstance(run, Model) else Model(run)
+    for c in dict.fromkeys(captions):
+        for note in m.tok.notes(c): say(note)
+        if not c.strip(): say('an empty caption: drawn without condition')
+    texts = [c for c in captions for _ in range(per_caption)]
+    return to_bytes(m.draw(texts, seed, steps, guidance)),texts
+
+def eval_run(
+    run,          # run folder
+    n=1000,       # drawings
+    seed=0,       # of captions and noise
+    quiet=False,  # print nothing
+)->dict:          # the row
+    "The measured row of a run; written to metrics.json in its folder"
+    from t2i_course.core.metrics import evaluate
+    m = Model(run)
+    c,t = m.config,json.loads((m.run/'train.json').read_text())
+    row = evaluate(m.draw, load(c['data']), n=n, seed=seed)|dict(
+        recipe=c['recipe'], params=t['params'], images=t['images'], train_seconds=t['seconds'], steps=t['steps'],
+        train_seed=c['seed'], nfe=c['sample_steps']*(2 if c['guidance']!=1 else 1), guidance=c['guidance'],
+        precision_mode=c['precision'], source=c['source'], hardware=hardware(), versions=versions(),
+        date=str(date.today()), command=command())
+    write_json(m.run/'metrics.json', row)
+    if not quiet: print(row_text(row))
+    return row
+
+def row_text(row:dict)->str:
+    "A row for people"
+    pc = lambda v: f'{100*v:.1f}%'
+    out = []
+    if 'obedience' in row:
+        o = row['obedience']
+        parts = {k:v for k,v in o.items() if k not in ('all','ceiling','chance','n') and isinstance(v, float)}
+        out += [f"pictures that show all their caption demands: {pc(o['all'])}   "
+                f"(judge on unseen real pictures {pc(o['ceiling'])}, on shuffled captions {pc(o['chance'])})",
+                '  by attribute: '+'  '.join(f'{k} {pc(v)}' for k,v in parts.items())]
+    if 'heldout' in row: out += [f"  digit x ink pairs never seen in training: {pc(row['heldout']['all'])}"]
+    if 'fd' in row:
+        out += [f"Frechet distance {row['fd']:.2f} = {row['fd']/row['fd_floor']:.1f} times the distance between "
+                f"two real sets; precision {row['precision']:.2f}, recall {row['recall']:.2f}"]
+    out += [f"nearest-training-picture rate {pc(row['nearest'])} (unseen real pictures {pc(row['nearest_real'])}); "
+            f"{row['seconds_per_1000']:.0f} s per 1,000 pictures"]
+    return '\n'.join(out)
+
+# ---- demo ----
+FILES = ('config.json','checkpoint.safetensors','log.jsonl','train.json','model.safetensors')
+
+def demo(
+    seconds=None,   # of training; default 110
+    out='runs/demo',# run folder; a run that it holds is replaced
+)->dict:            # the measured row
+    "Train on painted digits, draw typed prompts, measure"
+    out,small = Path(out),current_scale()=='smoke'
+    for name in FILES: (out/name).unlink(missing_ok=True)
+    seconds = seconds or (5 if small else 110)
+    print(f'Training a text-to-image model on painted digits for {seconds:g} seconds '
+          '(flow matching with a closed-form head start) ...', flush=True)
+    train_run('flow_matching', 'painted', seconds=seconds, out=out)
+    x,texts = sample_run(out, PROMPTS)
+    write_sheet(out/'samples.png', x, texts,
+                'what the model drew (last four: digit and ink never seen together in training)')
+    print('Measuring on captions and handwriting it never saw ...', flush=True)
+    row = eval_run(out, n=64 if small else 1000, quiet=True)
+    print(f"""
+{row_text(row)}
+
+pictures   {out/'samples.png'}
+numbers    {out/'metrics.json'}
+model      {out/'model.safetensors'}
+draw your own: t2i sample {out} --prompt "a thin blue four on pink" --out four.png
+What to open next (make lab): nbs/00_start/00_tour.ipynb, then the parts of this model:
+  captions and pictures 10_data, text encoder 11_conditioning, training 12_training, metrics 14_metrics,
+  network and guidance 30_ddpm, the head start 34_preconditioning, the method itself 60_flow_matching""")
+    return row
+
+def write_sheet(path, x, texts, title=''):
+    from t2i_course.core.plots import sheet
+    x = torch.from_numpy(x).permute(0,3,1,2)/127.5-1
+    write_whole(path, lambda p: sheet(x, texts, str(p)+'.png', title=title) or os.replace(str(p)+'.png', p))
+
+def write_npz(path, **arrays):
+    import numpy as np
+    def write(p):
+        with open(p, 'wb') as f: np.savez_compressed(f, **arrays)
+    write_whole(path, write)
+
+# ---- run, bench, report, doctor ----
+def put(d:dict, key:str, value):
+    *path,last = key.split('.')
+    for k in path: d = d.setdefault(k, {})
+    d[last] = value
+
+def stamp(chapter:str, seeds)->dict:
+    return dict(chapter=chapter, command=command(), date=str(date.today()), hardware=hardware(), versions=versions(), seeds=list(seeds), scale=current_scale())
+
+def measured_rows(recipe, data, seeds, seconds, work:Path, n)->dict:
+    "Train and measure once a seed; mean and spread of the main numbers"
+    rows = []
+    for s in seeds:
+        out = work/f'{recipe}-{data}-{seconds:g}s-{s}'
+        if (out/'metrics.json').exists(): rows.append(json.loads((out/'metrics.json').read_text())); continue
+        train_run(recipe, data, seconds=seconds, seed=s, out=out, resume=(out/'config.json').exists())
+        rows.append(eval_run(out, n=n))
+    pick = lambda f: [f(r) for r in rows]
+    summary = {k:dict(mean=sum(v)/len(v), spread=max(v)-min(v)) for k,v in dict(
+        obedience=pick(lambda r: r['obedience']['all']), fd_floors=pick(lambda r: r['fd']/r['fd_floor']), recall=pick(lambda r: r['recall']),
+        **(dict(heldout=pick(lambda r: r['heldout']['all'])) if 'heldout' in rows[0] else {})).items()}
+    return dict(rows=rows, **summary)
+
+def run_chapter(chapter, seeds=(0,1), seconds=None, out=None):
+    "The measurements of a chapter; what is done is kept when it is interrupted"
+    name = chapter.split('_', 1)[1] if chapter[:2].isdigit() else chapter
+    if name=='demo': return write_json(Path(out) if out else results_path('demo'), stamp('demo', [0])|dict(demo=demo(seconds)))
+    mod = module(name, CHAPTERS)
+    if name=='metrics': return mod.make_judges(out)
+    path = Path(out) if out else results_path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    res = json.loads(path.read_text()) if path.exists() else {}
+    res |= stamp(name, seeds)
+    small = current_scale()=='smoke'
+    work = Path('runs')/'rows'
+    for data in dict(ddpm=['digits','painted'], flow_matching=['painted'])[name]:
+        sec = seconds or (3 if small else 60)
+        put(res, f'row.{data}', measured_rows(name, data, seeds, sec, work, 64 if small else 1000))
+        write_json(path, res)
+    for key,value in mod.experiments(current_scale(), seeds):
+        say(f'{key}: {value}')
+        put(res, key, value)
+        write_json(path, res)
+    print(f'wrote {path}')
+
+def bench(data='painted', seconds=(60,180), seeds=(0,1), out=None):
+    "Quality against training time of the demo's recipe"
+    path = Path(out) if out else results_path(f'bench_{data}')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    res = stamp('bench', seeds)
+    for s in seconds:
+        put(res, f'after_{s:g}s', measured_rows('flow_matching', data, seeds, s, Path('runs')/'rows', 64 if current_scale()=='smoke' else 1000))
+        write_json(path, res)
+    print(f'wrote {path}')
+
+def report(folder=None):
+    "One table of every measured row in results/"
+    folder = Path(folder) if folder else results_path('x').parent
+    files = sorted(folder.glob('*.json'))
+    if not files: raise CourseError(f'{folder} holds no results: make some with t2i run flow_matching')
+    print(f"{'file':16} {'method':14} {'data':8} {'train s':>8} {'obeys':>6} {'held-out':>8} {'FD/floor':>8} {'recall':>6}  date")
+    def rows(v):
+        if isinstance(v, dict):
+            if 'obedience' in v and 'recipe' in v: yield v
+            else:
+                for u in v.values(): yield from rows(u)
+        elif isinstance(v, list):
+            for u in v: yield from rows(u)
+    for f in files:
+        for r in rows(json.loads(f.read_text())):
+            held = f"{100*r['heldout']['all']:7.1f}%" if 'heldout' in r else '       -'
+            print(f"{f.stem:16} {r['recipe']:14} {r['data']:8} {r['train_seconds']:8.0f} {100*r['obedience']['all']:5.1f}% {held} {r['fd']/r['fd_floor']:8.1f} {r['recall']:6.2f}  {r['date']}")
+
+def doctor():
+    "What this machine offers, and what is missing"
+    from t2i_course.sources import data_root
+    device = pick_device()
+    print(f"python {platform.python_version()}, torch {torch.__version__}, {hardware()}, device {device}, {torch.get_num_threads()} threads")
+    print(f"bfloat16 {'pays' if bf16_pays(device) else 'does not pay'} here (measured just now)")
+    try: print(f'data folder: {data_root()}')
+    except CourseError as e: print(f'data folder: {e}')
+    for p in ('torchvision','diffusers','transformers','scikit-learn','jupyterlab','nbdev','torchmetrics'):
+        try: print(f'{p:14} {metadata.version(p)}')
+        except metadata.PackageNotFoundError: print(f'{p:14} missing: pip install {p}')
+    from t2i_course.core.metrics import load_judge
+    for name in ('digits','painted','mnist'):
+        try: load_judge(name); print(f'judge {name:8} ok')
+        except CourseError as e: print(f'judge {name:8} {e}')
+
+# ---- the command line ----
+def read_captions(path)->list:
+    path = Path(path)
+    if not path.is_file(): raise CourseError(f'caption file {path} does not exist')
+    try: lines = path.read_text(encoding='utf-8-sig').splitlines()
+    except UnicodeDecodeError as e: raise CourseError(f'{path} is not UTF-8 text (byte {e.start}). Save it as UTF-8, one caption a line.') from e
+    if not lines: raise CourseError(f'{path} is empty: write one caption a line (a blank line draws without condition)')
+    return lines
+
+def cmd_sample(a):
+    if (a.prompt is None)==(a.captions is None): raise CourseError('say what to draw: either --prompt TEXT ... or --captions FILE')
+    ext = Path(a.out).suffix.lower()
+    if ext not in ('.png','.npz'): raise CourseError(f"--out must end in .png or .npz; got '{a.out}'")
+    between(a.guidance, 0, 50, '--guidance'); between(a.steps, 1, 1000, '--steps', whole=True)
+    captions = a.prompt if a.prompt is not None else read_captions(a.captions)
+    make_folder(Path(a.out).parent)
+    x,texts = sample_run(a.run, captions, a.per_caption, a.steps, a.guidance, a.seed)
+    if ext=='.png': write_sheet(a.out, x, texts)
+    else:
+        import numpy as np
+        write_npz(a.out, images=x, captions=np.array(texts, dtype=f'U{max(1, max(map(len, texts)))}'))
+    print(f'wrote {len(texts)} pictures to {a.out}')
+
+def cmd_data(a):
+    import numpy as np
+    between(a.n, 1, 10_000_000, '--n', whole=True); between(a.seed, 0, 2**62, '--seed', whole=True)
+    if Path(a.out).suffix!='.npz': raise CourseError(f"--out must end in .npz; got '{a.out}'")
+    ds = load(a.name)
+    if a.split not in ds.splits: raise CourseError(f"{a.name} has the splits {', '.join(ds.splits)}; got '{a.split}'")
+    make_folder(Path(a.out).parent)
+    parts = [ds.batch(a.split, Draws(a.seed, i)) for i in torch.arange(a.n).split(1000)]
+    arrays = dict(images=np.concatenate([to_bytes(b.x) for b in parts]), captions=np.array([c for b in parts for c in b.captions]))
+    for k,values in ds.attributes.items():
+        arrays[k] = np.array(values)[torch.cat([b.attrs[k] for b in parts]).numpy()]
+        arrays[f'named_{k}'] = torch.cat([b.named[k] for b in parts]).numpy()
+    write_npz(a.out, **arrays)
+    print(f'wrote {a.n} captioned pictures ({a.name}, {a.split}) to {a.out}')
+
+def cmd_train(a):
+    if a.list: return print('\n'.join(f"{k:15} {import_module(v).__doc__.strip().splitlines()[0]}" for k,v in RECIPES.items()))
+    if a.resume and a.out and (Path(a.out)/'config.json').exists(): a.recipe = a.recipe or read_config(a.out)['recipe']
+    if not a.recipe: raise CourseError(f"say which recipe to train: {', '.join(RECIPES)}")
+    out = train_run(a.recipe, a.data, a.scale, a.seconds, a.images, a.seed, a.out, a.resume, a.precision, a.quiet, between(a.save_every, 0, 1e6, '--save-every'))
+    print(f'{out}: trained. Draw with: t2i sample {out} --prompt "..." --out picture.png')
+
+def parser()->argparse.ArgumentParser:
+    p = argparse.ArgumentParser('t2i', description='Train, sample and measure the text-to-image models of t2i_course.', epilog='Start with: t2i demo', allow_abbrev=False)
+    sub = p.add_subparsers(title='commands', metavar='', dest='command', required=True)
+    def add(name, text, run):
+        q = sub.add_parser(name, help=text, description=text, allow_abbrev=False)
+        q.set_defaults(do=run)
+        return q.add_argument
+    a = add('demo', 'train on painted digits for two minutes, draw, measure', lambda a: demo(between(a.seconds, .1, 1e6, '--seconds'), a.out))
+    a('--seconds', type=float, help='training time (default 110)'); a('--out', default='runs/demo', help='run folder (default runs/demo)')
+    a = add('train', 'train a recipe into a run folder', cmd_train)
+    a('recipe', nargs='?', help=', '.join(RECIPES)); a('--list', action='store_true', help='the recipes')
+    a('--data', default='painted', help='digits, painted, painted2, mnist, fashion, cifar10 or a folder of captioned images (default painted)')
+    a('--scale', choices=['smoke','demo','full'], help='size of the model and default length (default: T2I_SCALE, else demo)')
+    a('--seconds', type=float, help='wall time of training'); a('--images', type=int, help='images seen: the clock that makes runs repeatable')
+    a('--precision', choices=['auto','fp32','bf16','fp16'], default='auto', help='auto: bf16 where a short probe shows that it pays')
+    a('--seed', type=int, default=0); a('--resume', action='store_true', help='go on with the run in --out'); a('--out', help='run folder'); a('--quiet', action='store_true', help='no progress bar')
+    a('--save-every', type=float, default=20., help='seconds between checkpoints (default 20)')
+    a = add('sample', 'draw captions with a trained run', cmd_sample)
+    a('run', help='run folder'); a('--prompt', nargs='+', help='captions'); a('--captions', help='UTF-8 file, one caption a line; a blank line draws without condition')
+    a('--per-caption', type=int, default=1); a('--steps', type=int, help='sampler steps'); a('--guidance', type=float, help='guidance scale; 1 = none')
+    a('--seed', type=int, default=0); a('--out', required=True, help='picture.png (a labelled sheet) or pictures.npz (images, captions)')
+    a = add('eval', 'measure a run: obedience, Frechet distance, recall, copying', lambda a: eval_run(a.run, between(a.n, 8, 100_000, '--n', whole=True), a.seed))
+    a('run', help='run folder'); a('--n', type=int, default=1000, help='drawings'); a('--seed', type=int, default=0)
+    a = add('run', 'make the measurements of a chapter (results/CHAPTER.json)', lambda a: run_chapter(a.chapter, tuple(range(between(a.seeds, 1, 100, '--seeds', whole=True))), between(a.seconds, .1, 1e6, '--seconds'), a.out))
+    a('chapter', help=', '.join(('demo',*CHAPTERS))); a('--seeds', type=int, default=2); a('--seconds', type=float, help='training time of a row'); a('--out', help='file to write')
+    a = add('data', 'write captioned pictures of a data set to a file', cmd_data)
+    a('name', help='digits, painted, painted2, mnist, fashion, cifar10 or a folder'); a('--split', default='train', help='train, test, or painted: heldout')
+    a('--n', type=int, default=1000); a('--seed', type=int, default=0); a('--out', required=True, help='file.npz')
+    a = add('bench', 'quality of painted digits against training time (results/bench_painted.json)', lambda a: bench(seconds=a.seconds, seeds=tuple(range(a.seeds)), out=a.out))
+    a('--seconds', type=float, nargs='+', default=(60,180)); a('--seeds', type=int, default=2); a('--out')
+    a = add('report', 'one table of all results', lambda a: report(a.folder)); a('folder', nargs='?', help='default: results/')
+    add('doctor', 'what this machine offers and what is missing', lambda a: doctor())
+    return p
+
+def main(argv=None)->int:
+    "Entry point; a mistake of the user is one sentence and exit code 2"
+    a = parser().parse_args(argv)
+    try: a.do(a)
+    except CourseError as e: say(f't2i: {e}'); return 2
+    except Stopped as e: say(f'\nt2i: {e}'); return 130
+    except KeyboardInterrupt: say('\nt2i: stopped'); return 130
+    except BrokenPipeError: return 1
+    return 0
+
+if __name__=='__main__': sys.exit(main())

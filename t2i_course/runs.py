@@ -1,0 +1,165 @@
+"""Run folders: what a training run leaves on disk, saved whole or not at all, and taken up again exactly."""
+import hashlib, json, os, signal, time
+from contextlib import contextmanager
+from pathlib import Path
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from t2i_course.core.data import CourseError
+
+def write_whole(
+    path,  # where to
+    write, # write(temporary path)
+):
+    "Write beside the target, flush to disk, then put in place: a full disk or a power cut leaves the old file whole"
+    path = Path(path)
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    try:
+        write(tmp)
+        with open(tmp, 'rb') as f: os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except Exception as e: # safetensors reports a full disk with an error of its own
+        why = getattr(e, 'strerror', None) or e
+        raise CourseError(f'could not write {path} ({why}). Free some space or choose another --out; '
+                          'what was saved before is untouched.') from e
+    finally:
+        tmp.unlink(missing_ok=True)
+
+def write_json(
+    path,  # where to
+    value, # anything that JSON can hold
+):
+    "JSON for people, written whole"
+    write_whole(path, lambda p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False)+'\n'))
+
+def digest(
+    tensors:dict, # name -> tensor
+    note:str,     # the JSON saved with them
+)->str:           # sha256
+    "Hash of every name, shape, type and byte, and of the note"
+    h = hashlib.sha256(note.encode())
+    for k in sorted(tensors):
+        v = tensors[k].detach().cpu().contiguous()
+        h.update(f'{k} {tuple(v.shape)} {v.dtype}'.encode())
+        h.update(v.view(-1).view(torch.uint8).numpy().tobytes() if v.numel() else b'')
+    return h.hexdigest()
+
+def save_tensors(
+    path,         # a .safetensors file
+    tensors:dict, # name -> tensor
+    **note,       # JSON values kept in the file's header
+):
+    "Tensors, a note and their hash in one safetensors file, written whole"
+    tensors = {k:v.detach().cpu().contiguous().clone() for k,v in tensors.items()}
+    note = json.dumps(note, sort_keys=True)
+    meta = dict(note=note, sha256=digest(tensors, note))
+    write_whole(path, lambda p: save_file(tensors, p, metadata=meta))
+
+def load_tensors(
+    path, # a file made by `save_tensors`
+)->tuple: # tensors, note
+    "Read and check the hash; raises CourseError when the file is cut short or changed"
+    path = Path(path)
+    if not path.is_file(): raise CourseError(f'{path} does not exist')
+    try:
+        with safe_open(path, 'pt') as f:
+            tensors,meta = {k:f.get_tensor(k) for k in f.keys()},f.metadata() or {}
+    except Exception as e:
+        raise CourseError(f'{path} cannot be read ({e}): it is damaged or cut short. Delete it, or take it from a backup.') from e
+    note = meta.get('note', '')
+    if meta.get('sha256')!=digest(tensors, note):
+        raise CourseError(f'{path} is not as it was saved (its hash differs): it was changed or damaged. '
+                          'Delete it, or take it from a backup.')
+    return tensors,json.loads(note)
+
+NEEDED = ('recipe','data','shape','images','seconds','seed','precision','threads') # of every config.json
+
+def read_config(
+    run, # a run folder
+)->dict: # its config.json
+    "The settings of a run; raises CourseError when the folder is not a run"
+    path = Path(run)/'config.json'
+    if not path.is_file():
+        raise CourseError(f'{run} is not a run folder (it has no config.json). '
+                          f'Make one with: t2i train flow_matching --out {run}')
+    try: config = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as e:
+        raise CourseError(f'{path} is not valid JSON ({e}). Train again into another folder.') from e
+    missing = [k for k in NEEDED if not isinstance(config, dict) or k not in config]
+    if missing: raise CourseError(f"{path} lacks {', '.join(missing)}. Train again into another folder.")
+    return config
+
+def config_hash(
+    config:dict, # settings of a run
+)->str:          # 16 hex digits
+    "Ties checkpoints and models to the settings they were made with"
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+class Stopped(Exception):
+    "Ctrl-C or SIGTERM asked the run to stop"
+
+@contextmanager
+def asked_to_stop():
+    "Yields a function that says whether Ctrl-C or SIGTERM came; the second Ctrl-C stops at once"
+    seen = []
+    def note(signum, frame):
+        if seen: raise KeyboardInterrupt
+        seen.append(signum)
+    old = {s:signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try: yield lambda: bool(seen)
+    finally:
+        for s,h in old.items(): signal.signal(s, h)
+
+def follow(
+    state,          # a State of core.training
+    records,        # the generator `train(state, ...)`
+    run,            # run folder
+    config:dict,    # settings of the run; a checkpoint of another config is refused
+    extra:dict=None,# further tensors to keep with the run (a fitted skip)
+    every:float=20.,# seconds between checkpoints
+):                  # yields the records
+    "Train with a safety net: checkpoints as time passes, on Ctrl-C, on SIGTERM and at the end"
+    run = Path(run)
+    def save():
+        tensors = state.tensors()|{f'extra.{k}':v for k,v in (extra or {}).items()}
+        save_tensors(run/'checkpoint.safetensors', tensors, config=config_hash(config), **state.numbers())
+    last = time.monotonic()
+    with asked_to_stop() as stop:
+        for r in records:
+            yield r
+            if stop():
+                save()
+                raise Stopped(f'stopped at {r.images:,} images and saved; go on with --resume')
+            if time.monotonic()-last>every: save(); last = time.monotonic()
+        save()
+
+def resume(
+    state,       # a fresh State of the same network
+    run,         # run folder
+    config:dict, # settings of the run
+)->dict:         # the extra tensors; None when there is no checkpoint yet
+    "Load the last checkpoint into the state; clears away what a killed process left half-written"
+    path = Path(run)/'checkpoint.safetensors'
+    for part in Path(run).glob('.*.part'): part.unlink(missing_ok=True)
+    if not path.exists(): return None
+    tensors,note = load_tensors(path)
+    if note.get('config')!=config_hash(config):
+        raise CourseError(f'{path} belongs to a run with other settings. Resume with the settings in '
+                          f'{run}/config.json, or train into another folder.')
+    try: state.load(tensors, note)
+    except (KeyError, RuntimeError, ValueError) as e:
+        why = str(e).splitlines()[0]
+        raise CourseError(f'{path} belongs to another network ({why}). Train into another folder.') from e
+    return {k[6:]:v for k,v in tensors.items() if k.startswith('extra.')}
+
+def cut_log(
+    run,      # run folder
+    step:int, # of the checkpoint that training goes on from
+):
+    "Drop the lines of log.jsonl that a resumed run will write again, and one cut short by a kill"
+    path = Path(run)/'log.jsonl'
+    if not path.exists(): return
+    def keeps(line):
+        try: return json.loads(line)['step']<=step
+        except (ValueError, KeyError, TypeError): return False
+    write_whole(path, lambda p: p.write_text(''.join(l for l in path.open() if keeps(l))))

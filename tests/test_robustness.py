@@ -1,0 +1,220 @@
+"""Bad input gets one clear sentence and leaves nothing half done; an interrupted run loses nothing."""
+import errno, json, multiprocessing, os, random, signal, time
+from pathlib import Path
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from t2i_course import cli, runs
+from t2i_course.core.data import CourseError
+
+def refused(capsys, *args):
+    "Run t2i; it must fail with one sentence and no traceback. Returns the sentence"
+    code = cli.main([str(a) for a in args])
+    err = capsys.readouterr().err.strip()
+    assert code==2 and 'Traceback' not in err
+    assert len(err.splitlines())==1 and err.startswith('t2i: '), err
+    return err
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    "A small trained run on the digits"
+    out = tmp_path_factory.mktemp('run')/'r'
+    cli.train_run('flow_matching', 'digits', scale='smoke', images=96, out=out, precision='fp32', quiet=True)
+    return out
+
+@pytest.fixture
+def copy(run, tmp_path):
+    import shutil
+    return Path(shutil.copytree(run, tmp_path/'copy'))
+
+def folder(path, good=6, captions=True):
+    path.mkdir(parents=True)
+    for i in range(good):
+        Image.new('RGB', (40, 32), (40*i, 99, 0)).save(path/f'{i}.png')
+        if captions: (path/f'{i}.txt').write_text(f'a picture number {i}')
+    return path
+
+# ---- refused with a sentence ----
+@pytest.mark.parametrize('option, value', [('--guidance', 99), ('--guidance', -1), ('--guidance', 'nan'), ('--steps', 0), ('--steps', 5000)])
+def test_sampling_out_of_range(run, tmp_path, capsys, option, value):
+    out = tmp_path/'a.png'
+    assert 'from' in refused(capsys, 'sample', run, '--prompt', 'x', option, value, '--out', out)
+    assert not out.exists()
+
+@pytest.mark.parametrize('option, value', [('--seconds', 0), ('--seconds', -3), ('--images', 0), ('--seconds', 'nan')])
+def test_training_out_of_range(tmp_path, capsys, option, value):
+    refused(capsys, 'train', 'flow_matching', '--data', 'digits', option, value, '--out', tmp_path/'r')
+    assert not (tmp_path/'r').exists()
+
+def test_unknown_names(tmp_path, capsys):
+    assert 'flow_matching' in refused(capsys, 'train', 'gandalf', '--out', tmp_path/'r')
+    assert 'painted' in refused(capsys, 'train', 'ddpm', '--data', 'nowhere', '--out', tmp_path/'r')
+    assert not (tmp_path/'r').exists()
+
+def test_output_type(run, tmp_path, capsys):
+    assert '.npz' in refused(capsys, 'sample', run, '--prompt', 'x', '--out', tmp_path/'a.jpg')
+    assert not list(tmp_path.iterdir())
+
+def test_caption_files(run, tmp_path, capsys):
+    out,f = tmp_path/'a.npz',tmp_path/'c.txt'
+    assert 'does not exist' in refused(capsys, 'sample', run, '--captions', f, '--out', out)
+    f.write_text('')
+    assert 'empty' in refused(capsys, 'sample', run, '--captions', f, '--out', out)
+    f.write_bytes('eine rote sieben für mich'.encode('latin-1'))
+    assert 'UTF-8' in refused(capsys, 'sample', run, '--captions', f, '--out', out)
+    f.write_bytes('a seven'.encode('utf-16'))
+    assert 'UTF-8' in refused(capsys, 'sample', run, '--captions', f, '--out', out)
+    assert not out.exists()
+
+def test_not_a_run(tmp_path, capsys):
+    assert 't2i train' in refused(capsys, 'sample', tmp_path, '--prompt', 'x', '--out', tmp_path/'a.png')
+    assert 't2i train' in refused(capsys, 'eval', tmp_path/'nowhere')
+
+def test_truncated_model(copy, tmp_path, capsys):
+    p = copy/'model.safetensors'
+    p.write_bytes(p.read_bytes()[:-100])
+    assert 'damaged' in refused(capsys, 'sample', copy, '--prompt', 'x', '--out', tmp_path/'a.png')
+
+def test_tampered_model(copy, tmp_path, capsys):
+    p = copy/'model.safetensors'
+    b = bytearray(p.read_bytes()); b[-10] ^= 1
+    p.write_bytes(b)
+    assert 'hash' in refused(capsys, 'sample', copy, '--prompt', 'x', '--out', tmp_path/'a.png')
+
+def test_checkpoint_of_another_config(copy, capsys):
+    config = json.loads((copy/'config.json').read_text())
+    (copy/'config.json').write_text(json.dumps(config|dict(lr=.5)))
+    assert 'other settings' in refused(capsys, 'train', '--resume', '--out', copy)
+    assert 'other settings' in refused(capsys, 'sample', copy, '--prompt', 'x', '--out', copy/'a.png')
+
+def test_truncated_checkpoint(copy, capsys):
+    p = copy/'checkpoint.safetensors'
+    p.write_bytes(p.read_bytes()[:1000])
+    assert 'damaged' in refused(capsys, 'train', '--resume', '--out', copy)
+
+def test_run_is_not_overwritten(copy, capsys):
+    before = (copy/'model.safetensors').read_bytes()
+    assert '--resume' in refused(capsys, 'train', 'flow_matching', '--data', 'digits', '--out', copy)
+    assert (copy/'model.safetensors').read_bytes()==before
+
+def test_unwritable_out(run, tmp_path, capsys):
+    (tmp_path/'file').write_text('')
+    assert '--out' in refused(capsys, 'train', 'flow_matching', '--data', 'digits', '--images', 64, '--out', tmp_path/'file'/'r')
+
+def test_folders_with_nothing_usable(tmp_path, capsys):
+    (tmp_path/'empty').mkdir()
+    assert str(tmp_path/'empty') in refused(capsys, 'train', 'ddpm', '--data', tmp_path/'empty', '--out', tmp_path/'r')
+    folder(tmp_path/'mute', captions=False)
+    assert 'caption' in refused(capsys, 'train', 'ddpm', '--data', tmp_path/'mute', '--out', tmp_path/'r').splitlines()[-1]
+
+def test_data_folder_and_download(tmp_path, capsys, monkeypatch):
+    from t2i_course import sources
+    getattr(sources.data_root, 'cache_clear', lambda: None)()
+    monkeypatch.setenv('T2I_DATA', str(tmp_path/'missing'))
+    assert 'T2I_DATA' in refused(capsys, 'data', 'fashion', '--out', tmp_path/'f.npz')
+    (tmp_path/'file').write_text('')
+    monkeypatch.setenv('T2I_DATA', str(tmp_path/'file'))
+    assert 'T2I_DATA' in refused(capsys, 'data', 'fashion', '--out', tmp_path/'f.npz')
+    (tmp_path/'ok').mkdir()
+    monkeypatch.setenv('T2I_DATA', str(tmp_path/'ok'))
+    from torchvision.datasets import FashionMNIST
+    def offline(self): raise OSError('no route to host')
+    monkeypatch.setattr(FashionMNIST, 'download', offline)
+    assert 'T2I_DATA' in refused(capsys, 'data', 'fashion', '--out', tmp_path/'f.npz')
+    assert not (tmp_path/'f.npz').exists()
+
+# ---- goes on, and says so ----
+def test_corrupt_pictures_are_skipped(tmp_path, capsys):
+    d = folder(tmp_path/'d', good=12)
+    (d/'bad.png').write_bytes(b'not a picture'); (d/'bad.txt').write_text('broken')
+    assert cli.main(['train', 'ddpm', '--data', str(d), '--scale', 'smoke', '--images', '32', '--out', str(tmp_path/'r'), '--quiet'])==0
+    err = capsys.readouterr().err
+    assert 'bad.png' in err and '1' in err
+
+def test_odd_captions(run, tmp_path, capsys):
+    f = tmp_path/'c.txt'
+    f.write_text('a handwritten 일곱 🙂 seven\n\na handwritten seven '+'seven '*40+'\n', encoding='utf-8')
+    assert cli.main(['sample', str(run), '--captions', str(f), '--steps', '2', '--out', str(tmp_path/'a.npz')])==0
+    err = capsys.readouterr().err
+    assert '일곱' in err and '🙂' in err and 'cut after' in err and 'without condition' in err
+    z = np.load(tmp_path/'a.npz')
+    assert z['images'].shape==(3,16,16,1) and z['images'].dtype==np.uint8 and z['captions'].dtype.kind=='U'
+
+def test_captions_keep_their_order(run, tmp_path):
+    x,texts = cli.sample_run(run, ['a handwritten two', 'a handwritten six'], per_caption=2, steps=2)
+    assert texts==['a handwritten two']*2+['a handwritten six']*2 and len(x)==4
+    again,_ = cli.sample_run(run, ['a handwritten two', 'a handwritten six'], per_caption=2, steps=2)
+    assert (x==again).all()
+
+# ---- nothing is lost ----
+def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    p = tmp_path/'c.safetensors'
+    runs.save_tensors(p, dict(a=torch.ones(10)), step=1)
+    before = p.read_bytes()
+    def full(*a, **k): raise OSError(errno.ENOSPC, 'No space left on device')
+    for name in ('fsync','replace'):
+        with monkeypatch.context() as m:
+            m.setattr(os, name, full)
+            with pytest.raises(CourseError, match='space'): runs.save_tensors(p, dict(a=torch.zeros(10)), step=2)
+        assert p.read_bytes()==before and list(tmp_path.iterdir())==[p]
+
+def train_in_child(out, limit=None):
+    if limit:
+        import resource
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    torch.set_num_threads(1)
+    os._exit(cli.main(['train', 'flow_matching', '--data', 'digits', '--scale', 'smoke', '--images', '4000', '--precision', 'fp32', '--save-every', '.2',
+                       '--resume', '--quiet', '--out', str(out)]))
+
+@pytest.fixture(scope='module')
+def children():
+    "Processes that start with torch already imported"
+    ctx = multiprocessing.get_context('forkserver')
+    ctx.set_forkserver_preload(['t2i_course.cli', 't2i_course.flow.flow_matching', 'sklearn.datasets'])
+    return ctx
+
+@pytest.fixture(scope='module')
+def uninterrupted(children, tmp_path_factory):
+    out = tmp_path_factory.mktemp('whole')/'r'
+    p = children.Process(target=train_in_child, args=(out,)); p.start(); p.join()
+    assert p.exitcode==0
+    return (out/'model.safetensors').read_bytes()
+
+def test_kill_9_twenty_times(children, uninterrupted, tmp_path):
+    out,rng,killed = tmp_path/'r',random.Random(0),0
+    while killed<20:
+        p = children.Process(target=train_in_child, args=(out,)); p.start()
+        p.join(rng.uniform(.3, 2.5))
+        if p.exitcode is None: os.kill(p.pid, signal.SIGKILL); p.join(); killed += 1
+        else:
+            assert p.exitcode==0
+            if killed<20: # finished early: start over, the kills go on counting
+                assert (out/'model.safetensors').read_bytes()==uninterrupted
+                out = tmp_path/f'r{killed}'
+    p = children.Process(target=train_in_child, args=(out,)); p.start(); p.join()
+    assert p.exitcode==0 and (out/'model.safetensors').read_bytes()==uninterrupted
+
+@pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop(children, uninterrupted, tmp_path, how):
+    out = tmp_path/'r'
+    p = children.Process(target=train_in_child, args=(out,)); p.start()
+    end = time.monotonic()+60
+    while not (out/'checkpoint.safetensors').exists() and time.monotonic()<end: time.sleep(.05)
+    os.kill(p.pid, how); p.join(30)
+    assert p.exitcode==130 and not (out/'model.safetensors').exists()
+    p = children.Process(target=train_in_child, args=(out,)); p.start(); p.join()
+    assert p.exitcode==0 and (out/'model.safetensors').read_bytes()==uninterrupted
+
+def test_no_room_for_the_checkpoint(children, tmp_path):
+    out = tmp_path/'r'
+    p = children.Process(target=train_in_child, args=(out, 100_000)); p.start(); p.join()
+    assert p.exitcode==2 and not (out/'checkpoint.safetensors').exists() and not list(out.glob('.*.part'))
+
+def test_seconds_clock_keeps_the_used_time(tmp_path):
+    out = tmp_path/'r'
+    cli.train_run('ddpm', 'digits', scale='smoke', seconds=1.5, out=out, quiet=True)
+    done = json.loads((out/'train.json').read_text())
+    cli.train_run('ddpm', out=out, resume=True, quiet=True) # nothing left to do
+    assert json.loads((out/'train.json').read_text())['images']==done['images'] and 1.5<=done['seconds']<4

@@ -1,0 +1,308 @@
+"The training loop: exact resume, accumulation, clocks, what stops it, and the choice of threads."
+import math
+import random
+
+import pytest
+import torch
+from t2i_course.core.data import CourseError, Draws, Painted
+from t2i_course.core.ema import EMA
+from t2i_course.core.training import Record, State, Threads, bf16_pays, feed, pick_device, train, warm_linear
+from torch import nn
+
+
+def make(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 16), nn.SiLU(), nn.Linear(16, 6))
+
+
+def data(draws):
+    return draws.uniform("picture", 6) * 2 - 1, draws.choice("label", 3)
+
+
+def denoise(net):
+    def loss(x0, cond, draws): return (net(x0 + draws.normal("eps", 6)) - x0).square().mean(1)
+    return loss
+
+
+def fresh(precision="fp32", seed=0):
+    net = make(seed)
+    return State(net, ema=EMA(net, 200), precision=precision)
+
+
+def go(state, stop=None, **kw):
+    "Train; leave the loop after step `stop`."
+    records = []
+    for record in train(state, denoise(state.net), data, **({"images": 150, "batch": 16} | kw)):
+        records.append(record)
+        if record.step == stop: break
+    return records
+
+
+def assert_same_bytes(a, b):
+    assert a.keys() == b.keys()
+    for name in a: assert torch.equal(a[name], b[name]), name
+
+
+# --- Exact resume ---
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("stop", [1, 4, 9, 10])
+def test_resume_is_exact(precision, stop):
+    "Interrupted and taken up in another network: the same bytes, the last and shorter batch included."
+    straight, broken = fresh(precision), fresh(precision)
+    records = go(straight)
+    assert len(records) == 10 and records[-1].images == 150
+    go(broken, stop)
+    tensors, numbers = {name: v.clone() for name, v in broken.tensors().items()}, broken.numbers()
+    resumed = fresh(precision, seed=99).load(tensors, numbers)
+    rest = go(resumed)
+    assert_same_bytes(straight.tensors(), resumed.tensors())
+    assert [r.loss for r in records[stop:]] == [r.loss for r in rest]
+    assert (straight.step, straight.images) == (resumed.step, resumed.images)
+
+
+def test_resume_survives_several_interruptions_and_a_disturbed_generator():
+    straight, state, rng = fresh(), fresh(), random.Random(3)
+    go(straight, images=400, accumulate=2)
+    while state.images < 400:
+        go(state, state.step + rng.randrange(1, 9), images=400, accumulate=2)
+        saved = {name: v.clone() for name, v in state.tensors().items()}
+        state = fresh(seed=rng.randrange(1000)).load(saved, state.numbers())
+    assert_same_bytes(straight.tensors(), state.tensors())
+
+
+def test_a_loaded_state_does_not_write_into_what_it_was_loaded_from():
+    state = fresh()
+    go(state, 3)
+    tensors = state.tensors()
+    before = {name: v.clone() for name, v in tensors.items()}
+    go(fresh(seed=1).load(tensors, state.numbers()))
+    assert_same_bytes(before, tensors)
+
+
+def test_another_network_is_refused():
+    state = fresh()
+    go(state, 2)
+    other = State(nn.Linear(6, 6))
+    with pytest.raises((KeyError, RuntimeError)): other.load(state.tensors(), state.numbers())
+
+
+def test_the_running_generator_does_not_matter():
+    a, b = fresh(), fresh()
+    go(a)
+    for _ in train(b, denoise(b.net), data, images=150, batch=16): torch.rand(7)
+    assert_same_bytes(a.tensors(), b.tensors())
+
+
+def test_seed_matters():
+    a, b = fresh(), fresh()
+    go(a), go(b, seed=1)
+    assert not torch.equal(a.net[0].weight, b.net[0].weight)
+
+
+# --- One step ---
+
+@pytest.mark.parametrize("accumulate", [2, 3, 8])
+def test_accumulation_equals_the_larger_batch(accumulate):
+    whole, pieces = fresh(), fresh()
+    a, b = go(whole, images=160), go(pieces, images=160, accumulate=accumulate)
+    for x, y in zip(whole.net.parameters(), pieces.net.parameters()): assert torch.allclose(x, y, atol=1e-5)
+    assert [r.loss for r in a] == pytest.approx([r.loss for r in b], rel=1e-4)
+    assert [r.grad_norm for r in a] == pytest.approx([r.grad_norm for r in b], rel=1e-3)
+
+
+def test_first_step_is_the_one_written_by_hand():
+    state, net = fresh(), make()
+    [record] = go(state, images=16, schedule=lambda f: 1.)
+    draws = Draws(0, torch.arange(16))
+    x0, cond = data(draws)
+    losses = denoise(net)(x0, cond, draws)
+    losses.mean().backward()
+    norm = nn.utils.clip_grad_norm_(net.parameters(), 1.)
+    torch.optim.AdamW(net.parameters(), 4e-3, betas=(.9, .95), weight_decay=.01).step()
+    for a, b in zip(state.net.parameters(), net.parameters()): assert torch.allclose(a, b, atol=1e-6)
+    assert record.loss == pytest.approx(losses.mean().item()) and record.grad_norm == pytest.approx(norm.item())
+
+
+def test_clipping_bounds_what_the_optimizer_sees():
+    state = fresh()
+    state.opt = torch.optim.SGD(state.net.parameters(), 1.)
+    state.lr = 1.
+    before = torch.cat([p.detach().flatten().clone() for p in state.net.parameters()])
+    [record] = go(state, images=16, clip=.01, schedule=lambda f: 1.)
+    after = torch.cat([p.detach().flatten() for p in state.net.parameters()])
+    assert record.grad_norm > .01
+    assert (after - before).norm().item() == pytest.approx(.01, rel=1e-3)
+
+
+def test_weights_and_gradients_stay_float32_under_bf16():
+    state = fresh("bf16")
+    go(state, 2)
+    for p in state.net.parameters(): assert p.dtype == p.grad.dtype == torch.float32
+
+
+def test_records_tell_the_run():
+    records = go(fresh())
+    assert isinstance(records[0], Record)
+    assert [r.step for r in records] == list(range(1, 11))
+    assert [r.images for r in records] == [*range(16, 160, 16), 150]
+    assert records[-1].progress == 1 and len(records[-1].losses) == 6
+    assert records[-1].losses.mean().item() == pytest.approx(records[-1].loss, rel=1e-5)
+    assert torch.equal(records[1].draws.index, torch.arange(16, 32))
+
+
+# --- Clocks ---
+
+@pytest.mark.parametrize("clocks", [{}, {"images": 10, "seconds": 1.}])
+def test_exactly_one_clock(clocks):
+    with pytest.raises(CourseError, match="either images= or seconds="): next(train(fresh(), None, None, **clocks))
+
+
+def test_seconds_end_a_run_and_are_kept():
+    state = fresh()
+    records = go(state, images=None, seconds=.2)
+    assert records[-1].progress == 1 and state.seconds >= .2
+    assert all(r.progress < 1 for r in records[:-1])
+    resumed = fresh(seed=1).load(state.tensors(), state.numbers())
+    assert go(resumed, images=None, seconds=.2) == []
+    assert go(resumed, images=None, seconds=.3)[0].step == state.step + 1
+
+
+def test_time_of_the_caller_is_not_training_time():
+    state, clock = fresh(), [0.]
+    for record in train(state, denoise(state.net), data, images=64, batch=16):
+        torch.randn(1_000_000).sort()
+        clock.append(record.seconds)
+    assert clock == sorted(clock)
+    assert state.seconds == clock[-1]
+
+
+def test_an_images_run_leaves_the_threads_alone():
+    before = torch.get_num_threads()
+    go(fresh())
+    assert torch.get_num_threads() == before
+
+
+def test_schedule():
+    assert [warm_linear(f) for f in (0, .05, .525, 1)] == pytest.approx([0, 1, .5, 0])
+    assert warm_linear(0, 0) == 1
+    rates = [r.lr for r in go(fresh(), images=1600)]
+    assert rates[0] == 0 and max(rates) == pytest.approx(4e-3) and 0 < rates[-1] < 1e-4
+
+
+# --- What stops a run ---
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_nan_stops_and_leaves_the_last_good_weights(bad, precision):
+    def poisoned(draws):
+        x0, cond = data(draws)
+        return (x0 * bad if 48 in draws.index else x0), cond
+    state, before = fresh(precision), None
+    with pytest.raises(CourseError, match=r"step 4 \(48 images\).*precision fp32"):
+        for _ in train(state, denoise(state.net), poisoned, images=150, batch=16):
+            before = {name: v.clone() for name, v in state.tensors().items()}
+    assert_same_bytes(before, state.tensors())
+    assert all(v.isfinite().all() for v in state.net.state_dict().values())
+    assert (state.step, state.images) == (3, 48)
+
+
+def test_a_gradient_that_is_not_finite_stops_though_the_loss_is_fine():
+    "The slope of a square root at 0."
+    state, before = fresh(), None
+
+    def loss(x0, cond, draws):
+        out = state.net(x0)
+        return out.square().mean(1) if draws.index[0] < 16 else (out - out).square().sum(1).sqrt()
+
+    with pytest.raises(CourseError, match=r"loss 0, gradient norm nan"):
+        for _ in train(state, loss, data, images=150, batch=16):
+            before = {name: v.clone() for name, v in state.net.state_dict().items()}
+    assert_same_bytes(before, state.net.state_dict())
+
+
+def test_fp16_skips_an_overflow_and_goes_on():
+    state = fresh("fp16")
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.**60)
+    weights = state.net[0].weight.detach().clone()
+    records = go(state, 1)
+    assert not math.isfinite(records[0].grad_norm)
+    assert torch.equal(weights, state.net[0].weight) and state.scaler.get_scale() < 2.**60
+
+
+# --- Threads ---
+
+@pytest.fixture
+def threads_restored():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def drive(threads, costs, steps):
+    "Steps with made-up times; which number of threads each one used."
+    used = []
+    for _ in range(steps):
+        threads.before()
+        used.append(torch.get_num_threads())
+        threads.after(costs[used[-1]])
+    return used
+
+
+@pytest.mark.parametrize("costs, winner", [({2: .04, 1: .06}, 2), ({2: .3, 1: .06}, 1)])
+def test_threads_tries_both_and_keeps_the_faster(threads_restored, costs, winner):
+    used = drive(Threads(most=2, tries=3), costs, 10)
+    assert used[:6] == [2] * 3 + [1] * 3
+    assert used[6:] == [winner] * 4
+
+
+def test_threads_are_tried_again_when_steps_become_slow(threads_restored):
+    threads = Threads(most=2, tries=3)
+    assert drive(threads, {2: .04, 1: .06}, 20)[-1] == 2
+    used = drive(threads, {2: .3, 1: .07}, 20)
+    assert used[:8] == [2] * 8 and used[8:14] == [2] * 3 + [1] * 3 and set(used[14:]) == {1}
+
+
+def test_one_slow_step_changes_nothing(threads_restored):
+    threads = Threads(most=2, tries=3)
+    drive(threads, {2: .04, 1: .06}, 10)
+    threads.after(10.)
+    assert set(drive(threads, {2: .04, 1: .06}, 20)) == {2}
+
+
+def test_first_step_of_a_trial_is_a_warm_up(threads_restored):
+    threads, seconds = Threads(most=2, tries=3), iter([9., .01, .01, .02, .02, .02])
+    for _ in range(6):
+        threads.before()
+        threads.after(next(seconds))
+    assert torch.get_num_threads() == 2
+
+
+def test_nothing_to_choose_on_one_thread(threads_restored):
+    torch.set_num_threads(1)
+    assert set(drive(Threads(most=1), {1: .05}, 30)) == {1}
+
+
+# --- Small parts ---
+
+def test_feed_is_a_function_of_the_draws():
+    f = feed(Painted(), list)
+    (a, words), (b, again) = f(Draws(0, torch.arange(8))), f(Draws(0, torch.arange(4, 8)))
+    assert torch.equal(a[4:], b) and words[4:] == again and a.shape == (8, 3, 32, 32)
+
+
+def test_device_and_probe():
+    assert pick_device() in ("cpu", "cuda", "mps")
+    assert bf16_pays("cpu", least=1e9) is False and bf16_pays("cpu", least=0) is True
+
+
+def test_learns_and_the_control_does_not():
+    def run(shift):
+        net = make()
+        state = State(net, lr=2e-2)
+
+        def loss(x0, cond, draws): return (net(x0 + .3 * draws.normal("eps", 6)) - x0.roll(shift, 0)).square().mean(1)
+        return [r.loss for r in train(state, loss, data, images=6400, batch=32)]
+    true, shuffled = run(0), run(1)
+    assert sum(true[-10:]) / 10 < .5 * true[0]
+    assert sum(shuffled[-10:]) / 10 > .9 * 1 / 3   # the variance of the uniform numbers
