@@ -1,5 +1,5 @@
 """The `t2i` command: train, sample, eval, run, data, bench, report, doctor, demo."""
-import argparse, json, math, os, platform, sys, time
+import argparse, errno, json, math, os, platform, sys, time
 from datetime import date
 from importlib import import_module, metadata
 from pathlib import Path
@@ -8,11 +8,13 @@ import torch
 from t2i_course.core.data import CourseError, Draws, load, results_path, scale as current_scale
 from t2i_course.core.ema import EMA
 from t2i_course.core.training import State, bf16_pays, feed, pick_device, train
-from t2i_course.runs import (Stopped, config_hash, cut_log, follow, load_tensors, read_config, resume as take_up,
-                             save_tensors, write_json, write_whole)
+from t2i_course.runs import (Stopped, config_hash, cut_log, follow, load_tensors, read_config, save_tensors,
+                             write_json, write_whole)
+from t2i_course.runs import resume as take_up
 
 RECIPES = dict(ddpm='t2i_course.diffusion.ddpm', flow_matching='t2i_course.flow.flow_matching')
 CHAPTERS = dict(metrics='t2i_course.core.metrics', **RECIPES)
+DATA = 'digits, painted, painted2, mnist, fashion, cifar10 or a folder'
 # the clock when neither --images nor --seconds is given
 IMAGES = dict(smoke=2_048, demo=100_000, full=100_000_000)
 PROMPTS = ['a bold red seven leaning left on pink', 'a thin green three on black',
@@ -85,7 +87,8 @@ def make_folder(out)->Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out/'.try').touch(); (out/'.try').unlink()
-    except OSError as e: raise CourseError(f'{out} cannot be written ({e.strerror}). Choose another --out.') from e
+    except OSError as e:
+        raise CourseError(f'{out} cannot be written ({e.strerror}). Choose another --out.') from e
     return out
 
 def train_run(
@@ -108,11 +111,14 @@ def train_run(
     between(seed, 0, 2**62, '--seed', whole=True)
     out = Path(out or f'runs/{recipe}-{Path(data).name}-{seed}')
     if (out/'config.json').exists():
-        if not resume: raise CourseError(f'{out} already holds a run: go on with it by --resume, or choose another --out')
+        if not resume:
+            raise CourseError(f'{out} already holds a run: go on with it by --resume, '
+                              'or choose another --out')
         config = read_config(out)
         for name,value in (('images',images),('seconds',seconds)):
             if value and value!=config[name]:
-                raise CourseError(f'{out} was started with other --images or --seconds than --{name} {value:g}: '
+                clock = 'images' if config['images'] else 'seconds'
+                raise CourseError(f'{out} was started with --{clock} {config[clock]}; '
                                   f'resume without --{name}, or train into another folder')
     else:
         if resume: say(f'{out} holds no run yet: starting from the beginning')
@@ -131,7 +137,8 @@ def fit_run(out:Path, config:dict, quiet:bool=False, save_every:float=20.):
     state = State(den.net, config['lr'], EMA(den.net, config['half_life']), precision=config['precision'])
     saved = take_up(state, out, config)
     if saved is not None:
-        if finished(out, state, config): return say(f'{out} is trained to the end already: nothing was changed')
+        if finished(out, state, config):
+            return say(f'{out} is trained to the end already: nothing was changed')
         say(f'going on at {state.images:,} images')
     cut_log(out, state.step)
     head_start(state, ds, tok, den.skip, config, saved)
@@ -178,7 +185,8 @@ def write_model(out:Path, state, tables:dict, config:dict):
     params = sum(p.numel() for p in state.net.parameters())
     write_json(out/'train.json', dict(images=state.images, seconds=state.seconds, steps=state.step,
                                       params=params, date=str(date.today())))
-    tensors = {f'net.{k}':v for k,v in state.ema.shadow.items()}|{f'skip.{k}':v for k,v in tables.items()}
+    tensors = {f'net.{k}':v for k,v in state.ema.shadow.items()}
+    tensors |= {f'skip.{k}':v for k,v in tables.items()}
     save_tensors(out/'model.safetensors', tensors, config=config_hash(config))
 
 def progress_bar(state, config, quiet):
@@ -188,8 +196,9 @@ def progress_bar(state, config, quiet):
     count = 'images' if config['images'] else 'seconds'
     unit = dict(images='img', seconds='s')[count]
     shape = '{l_bar}{bar}| {n:.0f}/{total:.0f} '+unit+' [{elapsed}<{remaining}{postfix}]'
-    bar = tqdm(total=config[count], initial=getattr(state, count), unit=unit, unit_scale=count=='images',
-               bar_format=shape, mininterval=.5, file=sys.stderr)
+    start = min(getattr(state, count), config[count]) # a head start may take longer than a short clock
+    bar = tqdm(total=config[count], initial=start, unit=unit, unit_scale=count=='images', bar_format=shape,
+               mininterval=.5, file=sys.stderr)
     recent = []
     def show(r):
         if r is None: return bar.close()
@@ -207,10 +216,12 @@ class Model:
         self.run,self.config = Path(run),read_config(run)
         path = self.run/'model.safetensors'
         if not path.exists():
-            raise CourseError(f'{run} is not trained to the end yet: go on with t2i train --resume --out {run}')
+            raise CourseError(f'{run} is not trained to the end yet: '
+                              f'go on with t2i train --resume --out {run}')
         tensors,note = load_tensors(path)
         if note.get('config')!=config_hash(self.config):
-            raise CourseError(f'{path} belongs to other settings than {run}/config.json. Train again into another folder.')
+            raise CourseError(f'{path} belongs to other settings than {run}/config.json. '
+                              'Train again into another folder.')
         self.module,self.device = module(self.config['recipe']),pick_device()
         self.tok,self.den = self.module.build(self.config)
         own = lambda p: {k[len(p):]:v for k,v in tensors.items() if k.startswith(p)}
@@ -278,8 +289,9 @@ def eval_run(
     m = Model(run)
     c,t = m.config,json.loads((m.run/'train.json').read_text())
     row = evaluate(m.draw, load(c['data']), n=n, seed=seed)|dict(
-        recipe=c['recipe'], params=t['params'], images=t['images'], train_seconds=t['seconds'], steps=t['steps'],
-        train_seed=c['seed'], nfe=c['sample_steps']*(2 if c['guidance']!=1 else 1), guidance=c['guidance'],
+        recipe=c['recipe'], params=t['params'],
+        images=t['images'], train_seconds=t['seconds'], steps=t['steps'], train_seed=c['seed'],
+        nfe=c['sample_steps']*(2 if c['guidance']!=1 else 1), guidance=c['guidance'],
         precision_mode=c['precision'], source=c['source'], hardware=hardware(), versions=versions(),
         date=str(date.today()), command=command())
     write_json(m.run/'metrics.json', row)
@@ -298,9 +310,10 @@ def row_text(row:dict)->str:
                 '  by attribute: '+'  '.join(f'{k} {pc(v)}' for k,v in parts.items())]
     if 'heldout' in row: out += [f"  digit x ink pairs never seen in training: {pc(row['heldout']['all'])}"]
     if 'fd' in row:
-        out += [f"Frechet distance {row['fd']:.2f} = {row['fd']/row['fd_floor']:.1f} times the distance between "
-                f"two real sets; precision {row['precision']:.2f}, recall {row['recall']:.2f}"]
-    out += [f"nearest-training-picture rate {pc(row['nearest'])} (unseen real pictures {pc(row['nearest_real'])}); "
+        out += [f"Frechet distance {row['fd']:.2f} = {row['fd']/row['fd_floor']:.1f} times the distance "
+                f"between two real sets; precision {row['precision']:.2f}, recall {row['recall']:.2f}"]
+    out += [f"nearest-training-picture rate {pc(row['nearest'])} "
+            f"(unseen real pictures {pc(row['nearest_real'])}); "
             f"{row['seconds_per_1000']:.0f} s per 1,000 pictures"]
     return '\n'.join(out)
 
@@ -335,55 +348,85 @@ What to open next (make lab): nbs/00_start/00_tour.ipynb, then the parts of this
   network and guidance 30_ddpm, the head start 34_preconditioning, the method itself 60_flow_matching""")
     return row
 
-def write_sheet(path, x, texts, title=''):
+def write_sheet(
+    path,     # a .png file
+    x,        # (n h w c) uint8
+    texts,    # n captions
+    title='', # above the sheet
+):
+    "A labelled grid of pictures"
     from t2i_course.core.plots import sheet
     x = torch.from_numpy(x).permute(0,3,1,2)/127.5-1
-    write_whole(path, lambda p: sheet(x, texts, str(p)+'.png', title=title) or os.replace(str(p)+'.png', p))
+    def write(p): # the ending tells the kind of picture
+        png = Path(f'{p}.png')
+        try:
+            sheet(x, texts, str(png), title=title)
+            os.replace(png, p)
+        finally: png.unlink(missing_ok=True)
+    write_whole(path, write)
 
-def write_npz(path, **arrays):
-    import numpy as np
+def write_npz(
+    path,     # a .npz file
+    **arrays, # name -> array
+):
+    "Arrays in one compressed file, written whole"
     def write(p):
         with open(p, 'wb') as f: np.savez_compressed(f, **arrays)
     write_whole(path, write)
 
 # ---- run, bench, report, doctor ----
-def put(d:dict, key:str, value):
+def put(
+    d:dict,  # changed in place
+    key:str, # 'a.b.c' stands for d['a']['b']['c']
+    value,
+):
+    "Write under a dotted name"
     *path,last = key.split('.')
     for k in path: d = d.setdefault(k, {})
     d[last] = value
 
 def stamp(chapter:str, seeds)->dict:
-    return dict(chapter=chapter, command=command(), date=str(date.today()), hardware=hardware(), versions=versions(), seeds=list(seeds), scale=current_scale())
+    "Who made a result, when, on what"
+    return dict(chapter=chapter, command=command(), date=str(date.today()), hardware=hardware(),
+                versions=versions(), seeds=list(seeds), scale=current_scale())
 
-def measured_rows(recipe, data, seeds, seconds, work:Path, n)->dict:
+def measured_rows(recipe, data, seeds, seconds, work:Path)->dict:
     "Train and measure once a seed; mean and spread of the main numbers"
     rows = []
     for s in seeds:
         out = work/f'{recipe}-{data}-{seconds:g}s-{s}'
-        if (out/'metrics.json').exists(): rows.append(json.loads((out/'metrics.json').read_text())); continue
-        train_run(recipe, data, seconds=seconds, seed=s, out=out, resume=(out/'config.json').exists())
-        rows.append(eval_run(out, n=n))
-    pick = lambda f: [f(r) for r in rows]
-    summary = {k:dict(mean=sum(v)/len(v), spread=max(v)-min(v)) for k,v in dict(
-        obedience=pick(lambda r: r['obedience']['all']), fd_floors=pick(lambda r: r['fd']/r['fd_floor']), recall=pick(lambda r: r['recall']),
-        **(dict(heldout=pick(lambda r: r['heldout']['all'])) if 'heldout' in rows[0] else {})).items()}
-    return dict(rows=rows, **summary)
+        if (out/'metrics.json').exists(): rows.append(json.loads((out/'metrics.json').read_text()))
+        else:
+            train_run(recipe, data, seconds=seconds, seed=s, out=out, resume=(out/'config.json').exists())
+            rows.append(eval_run(out, n=64 if current_scale()=='smoke' else 1000))
+    main = dict(obedience=lambda r: r['obedience']['all'], fd_floors=lambda r: r['fd']/r['fd_floor'],
+                recall=lambda r: r['recall'])
+    if 'heldout' in rows[0]: main['heldout'] = lambda r: r['heldout']['all']
+    def summary(values): return dict(mean=sum(values)/len(values), spread=max(values)-min(values))
+    return dict(rows=rows, **{k:summary([f(r) for r in rows]) for k,f in main.items()})
 
-def run_chapter(chapter, seeds=(0,1), seconds=None, out=None):
+def result_file(out, name:str)->Path:
+    "The file named by --out, or results/NAME.json; its folder is made"
+    path = Path(out) if out else results_path(name)
+    make_folder(path.parent)
+    return path
+
+def run_chapter(
+    chapter,      # 'flow_matching' or '60_flow_matching'
+    seeds=(0,1),  # of the runs
+    seconds=None, # training time of a row; default 60
+    out=None,     # file to write; default results/CHAPTER.json
+):
     "The measurements of a chapter; what is done is kept when it is interrupted"
-    name = chapter.split('_', 1)[1] if chapter[:2].isdigit() else chapter
-    if name=='demo': return write_json(Path(out) if out else results_path('demo'), stamp('demo', [0])|dict(demo=demo(seconds)))
+    name = chapter.split('_', 1)[1] if chapter[:2].isdigit() and '_' in chapter else chapter
+    if name=='demo': return write_json(result_file(out, 'demo'), stamp('demo', [0])|dict(demo=demo(seconds)))
     mod = module(name, CHAPTERS)
     if name=='metrics': return mod.make_judges(out)
-    path = Path(out) if out else results_path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    res = json.loads(path.read_text()) if path.exists() else {}
-    res |= stamp(name, seeds)
-    small = current_scale()=='smoke'
-    work = Path('runs')/'rows'
+    path = result_file(out, name)
+    res = (json.loads(path.read_text()) if path.exists() else {})|stamp(name, seeds)
+    seconds = seconds or (3 if current_scale()=='smoke' else 60)
     for data in dict(ddpm=['digits','painted'], flow_matching=['painted'])[name]:
-        sec = seconds or (3 if small else 60)
-        put(res, f'row.{data}', measured_rows(name, data, seeds, sec, work, 64 if small else 1000))
+        put(res, f'row.{data}', measured_rows(name, data, seeds, seconds, Path('runs')/'rows'))
         write_json(path, res)
     for key,value in mod.experiments(current_scale(), seeds):
         say(f'{key}: {value}')
@@ -391,137 +434,250 @@ def run_chapter(chapter, seeds=(0,1), seconds=None, out=None):
         write_json(path, res)
     print(f'wrote {path}')
 
-def bench(data='painted', seconds=(60,180), seeds=(0,1), out=None):
+def bench(
+    data='painted',   # name of a data set
+    seconds=(60,180), # training times
+    seeds=(0,1),      # of the runs
+    out=None,         # file to write; default results/bench_DATA.json
+):
     "Quality against training time of the demo's recipe"
-    path = Path(out) if out else results_path(f'bench_{data}')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    res = stamp('bench', seeds)
+    path,res = result_file(out, f'bench_{data}'),stamp('bench', seeds)
     for s in seconds:
-        put(res, f'after_{s:g}s', measured_rows('flow_matching', data, seeds, s, Path('runs')/'rows', 64 if current_scale()=='smoke' else 1000))
+        put(res, f'after_{s:g}s', measured_rows('flow_matching', data, seeds, s, Path('runs')/'rows'))
         write_json(path, res)
     print(f'wrote {path}')
 
-def report(folder=None):
+def found_rows(value):
+    "Every measured row inside a result"
+    if isinstance(value, dict):
+        if 'obedience' in value and 'recipe' in value: yield value
+        else:
+            for v in value.values(): yield from found_rows(v)
+    elif isinstance(value, list):
+        for v in value: yield from found_rows(v)
+
+def report_line(name:str, r:dict)->str:
+    "A measured row as a line of the table"
+    held = f"{100*r['heldout']['all']:.1f}%" if 'heldout' in r else '-'
+    obeys = f"{100*r['obedience']['all']:.1f}%"
+    far = f"{r['fd']/r['fd_floor']:.1f}" if 'fd' in r else '-'
+    return (f"{name:16} {r['recipe']:14} {r['data']:8} {r['train_seconds']:8.0f} {obeys:>6} {held:>8} "
+            f"{far:>8} {r['recall']:6.2f}  {r['date']}")
+
+def report(
+    folder=None, # default results/
+):
     "One table of every measured row in results/"
     folder = Path(folder) if folder else results_path('x').parent
-    files = sorted(folder.glob('*.json'))
-    if not files: raise CourseError(f'{folder} holds no results: make some with t2i run flow_matching')
-    print(f"{'file':16} {'method':14} {'data':8} {'train s':>8} {'obeys':>6} {'held-out':>8} {'FD/floor':>8} {'recall':>6}  date")
-    def rows(v):
-        if isinstance(v, dict):
-            if 'obedience' in v and 'recipe' in v: yield v
-            else:
-                for u in v.values(): yield from rows(u)
-        elif isinstance(v, list):
-            for u in v: yield from rows(u)
-    for f in files:
-        for r in rows(json.loads(f.read_text())):
-            held = f"{100*r['heldout']['all']:7.1f}%" if 'heldout' in r else '       -'
-            print(f"{f.stem:16} {r['recipe']:14} {r['data']:8} {r['train_seconds']:8.0f} {100*r['obedience']['all']:5.1f}% {held} {r['fd']/r['fd_floor']:8.1f} {r['recall']:6.2f}  {r['date']}")
+    table = []
+    for f in sorted(folder.glob('*.json')):
+        try: table += [report_line(f.stem, r) for r in found_rows(json.loads(f.read_text(encoding='utf-8')))]
+        except (ValueError, KeyError, TypeError) as e:
+            say(f'skipped {f}, which t2i did not write ({type(e).__name__}: {e})')
+    if not table: raise CourseError(f'{folder} holds no results: make some with t2i run flow_matching')
+    print(f"{'file':16} {'method':14} {'data':8} {'train s':>8} {'obeys':>6} {'held-out':>8} "
+          f"{'FD/floor':>8} {'recall':>6}  date", *table, sep='\n')
 
 def doctor():
     "What this machine offers, and what is missing"
+    from t2i_course.core.metrics import load_judge
     from t2i_course.sources import data_root
     device = pick_device()
-    print(f"python {platform.python_version()}, torch {torch.__version__}, {hardware()}, device {device}, {torch.get_num_threads()} threads")
+    print(f'python {platform.python_version()}, torch {torch.__version__}, {hardware()}, '
+          f'device {device}, {torch.get_num_threads()} threads')
     print(f"bfloat16 {'pays' if bf16_pays(device) else 'does not pay'} here (measured just now)")
     try: print(f'data folder: {data_root()}')
     except CourseError as e: print(f'data folder: {e}')
     for p in ('torchvision','diffusers','transformers','scikit-learn','jupyterlab','nbdev','torchmetrics'):
         try: print(f'{p:14} {metadata.version(p)}')
         except metadata.PackageNotFoundError: print(f'{p:14} missing: pip install {p}')
-    from t2i_course.core.metrics import load_judge
     for name in ('digits','painted','mnist'):
-        try: load_judge(name); print(f'judge {name:8} ok')
+        try:
+            load_judge(name)
+            print(f'judge {name:8} ok')
         except CourseError as e: print(f'judge {name:8} {e}')
 
 # ---- the command line ----
-def read_captions(path)->list:
+def read_captions(
+    path, # a UTF-8 file, one caption a line
+)->list:  # captions; '' draws without condition
+    "The captions of a file"
     path = Path(path)
-    if not path.is_file(): raise CourseError(f'caption file {path} does not exist')
-    try: lines = path.read_text(encoding='utf-8-sig').splitlines()
-    except UnicodeDecodeError as e: raise CourseError(f'{path} is not UTF-8 text (byte {e.start}). Save it as UTF-8, one caption a line.') from e
-    if not lines: raise CourseError(f'{path} is empty: write one caption a line (a blank line draws without condition)')
-    return lines
+    if not path.is_file(): raise CourseError(f'caption file {path} does not exist: give a UTF-8 text file')
+    try: text = path.read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError as e:
+        raise CourseError(f'{path} is not UTF-8 text (byte {e.start}). '
+                          'Save it as UTF-8, one caption a line.') from e
+    if not text:
+        raise CourseError(f'{path} is empty: write one caption a line (a blank line draws without condition)')
+    return text.removesuffix('\n').split('\n')
+
+def cmd_train(a):
+    "t2i train"
+    if a.list:
+        for k,v in RECIPES.items(): print(f'{k:15} {import_module(v).__doc__.strip().splitlines()[0]}')
+        return
+    between(a.save_every, 0, 1e6, '--save-every')
+    if a.resume and a.out and (Path(a.out)/'config.json').exists():
+        recipe = read_config(a.out)['recipe']
+        if a.recipe not in (None, recipe):
+            raise CourseError(f'{a.out} is a run of {recipe}, not of {a.recipe}: resume with {recipe}, '
+                              'or train into another folder')
+        a.recipe = recipe
+    if not a.recipe: raise CourseError(f"say which recipe to train: {', '.join(RECIPES)}")
+    out = train_run(a.recipe, a.data, a.scale, a.seconds, a.images, a.seed, a.out, a.resume, a.precision,
+                    a.quiet, a.save_every)
+    print(f'{out}: trained. Draw with: t2i sample {out} --prompt "..." --out picture.png')
 
 def cmd_sample(a):
-    if (a.prompt is None)==(a.captions is None): raise CourseError('say what to draw: either --prompt TEXT ... or --captions FILE')
+    "t2i sample"
+    if (a.prompt is None)==(a.captions is None):
+        raise CourseError('say what to draw: either --prompt TEXT ... or --captions FILE')
     ext = Path(a.out).suffix.lower()
     if ext not in ('.png','.npz'): raise CourseError(f"--out must end in .png or .npz; got '{a.out}'")
-    between(a.guidance, 0, 50, '--guidance'); between(a.steps, 1, 1000, '--steps', whole=True)
+    between(a.guidance, 0, 50, '--guidance')
+    between(a.steps, 1, 1000, '--steps', whole=True)
+    between(a.per_caption, 1, 10_000, '--per-caption', whole=True)
     captions = a.prompt if a.prompt is not None else read_captions(a.captions)
+    model = Model(a.run)
     make_folder(Path(a.out).parent)
-    x,texts = sample_run(a.run, captions, a.per_caption, a.steps, a.guidance, a.seed)
+    x,texts = sample_run(model, captions, a.per_caption, a.steps, a.guidance, a.seed)
     if ext=='.png': write_sheet(a.out, x, texts)
-    else:
-        import numpy as np
-        write_npz(a.out, images=x, captions=np.array(texts, dtype=f'U{max(1, max(map(len, texts)))}'))
-    print(f'wrote {len(texts)} pictures to {a.out}')
+    else: write_npz(a.out, images=x, captions=np.array(texts, dtype=f'U{max(1, max(map(len, texts)))}'))
+    print(f"wrote {len(texts)} picture{'s'*(len(texts)!=1)} to {a.out}")
+
+def cmd_eval(a):
+    "t2i eval"
+    between(a.n, 8, 100_000, '--n', whole=True)
+    between(a.seed, 0, 2**62, '--seed', whole=True)
+    eval_run(a.run, a.n, a.seed)
 
 def cmd_data(a):
-    import numpy as np
-    between(a.n, 1, 10_000_000, '--n', whole=True); between(a.seed, 0, 2**62, '--seed', whole=True)
-    if Path(a.out).suffix!='.npz': raise CourseError(f"--out must end in .npz; got '{a.out}'")
+    "t2i data"
+    between(a.n, 1, 10_000_000, '--n', whole=True)
+    between(a.seed, 0, 2**62, '--seed', whole=True)
+    if Path(a.out).suffix.lower()!='.npz': raise CourseError(f"--out must end in .npz; got '{a.out}'")
     ds = load(a.name)
-    if a.split not in ds.splits: raise CourseError(f"{a.name} has the splits {', '.join(ds.splits)}; got '{a.split}'")
+    if a.split not in ds.splits:
+        raise CourseError(f"{a.name} has the splits {', '.join(ds.splits)}; got '{a.split}'")
     make_folder(Path(a.out).parent)
     parts = [ds.batch(a.split, Draws(a.seed, i)) for i in torch.arange(a.n).split(1000)]
-    arrays = dict(images=np.concatenate([to_bytes(b.x) for b in parts]), captions=np.array([c for b in parts for c in b.captions]))
+    arrays = dict(images=np.concatenate([to_bytes(b.x) for b in parts]),
+                  captions=np.array([c for b in parts for c in b.captions]))
     for k,values in ds.attributes.items():
         arrays[k] = np.array(values)[torch.cat([b.attrs[k] for b in parts]).numpy()]
         arrays[f'named_{k}'] = torch.cat([b.named[k] for b in parts]).numpy()
     write_npz(a.out, **arrays)
-    print(f'wrote {a.n} captioned pictures ({a.name}, {a.split}) to {a.out}')
+    print(f"wrote {a.n} captioned picture{'s'*(a.n!=1)} ({a.name}, {a.split}) to {a.out}")
 
-def cmd_train(a):
-    if a.list: return print('\n'.join(f"{k:15} {import_module(v).__doc__.strip().splitlines()[0]}" for k,v in RECIPES.items()))
-    if a.resume and a.out and (Path(a.out)/'config.json').exists(): a.recipe = a.recipe or read_config(a.out)['recipe']
-    if not a.recipe: raise CourseError(f"say which recipe to train: {', '.join(RECIPES)}")
-    out = train_run(a.recipe, a.data, a.scale, a.seconds, a.images, a.seed, a.out, a.resume, a.precision, a.quiet, between(a.save_every, 0, 1e6, '--save-every'))
-    print(f'{out}: trained. Draw with: t2i sample {out} --prompt "..." --out picture.png')
+def first_seeds(n)->tuple:
+    "0, 1, ... n-1"
+    return tuple(range(between(n, 1, 100, '--seeds', whole=True)))
 
-def parser()->argparse.ArgumentParser:
-    p = argparse.ArgumentParser('t2i', description='Train, sample and measure the text-to-image models of t2i_course.', epilog='Start with: t2i demo', allow_abbrev=False)
-    sub = p.add_subparsers(title='commands', metavar='', dest='command', required=True)
-    def add(name, text, run):
-        q = sub.add_parser(name, help=text, description=text, allow_abbrev=False)
+def cmd_run(a):
+    "t2i run"
+    run_chapter(a.chapter, first_seeds(a.seeds), between(a.seconds, .1, 1e6, '--seconds'), a.out)
+
+def cmd_bench(a):
+    "t2i bench"
+    for s in a.seconds: between(s, .1, 1e6, '--seconds')
+    bench(seconds=a.seconds, seeds=first_seeds(a.seeds), out=a.out)
+
+class Parser(argparse.ArgumentParser):
+    "An argument that cannot be read is one sentence too"
+    def error(self, message): raise CourseError(f'{message}; see {self.prog} --help')
+
+def add_train(command):
+    "Options of t2i train"
+    a = command('train', 'train a recipe into a run folder', cmd_train)
+    a('recipe', nargs='?', help=', '.join(RECIPES))
+    a('--list', action='store_true', help='the recipes')
+    a('--data', default='painted', help=f'{DATA} of captioned images (default painted)')
+    a('--scale', choices=['smoke','demo','full'],
+      help='size of the model and default length (default: T2I_SCALE, else demo)')
+    a('--seconds', type=float, metavar='N', help='wall time of training')
+    a('--images', type=int, metavar='N', help='images seen: the clock that makes runs repeatable')
+    a('--precision', choices=['auto','fp32','bf16','fp16'], default='auto',
+      help='auto: bf16 where a short probe shows that it pays')
+    a('--seed', type=int, default=0, metavar='N', help='of every random number (default 0)')
+    a('--resume', action='store_true', help='go on with the run in --out')
+    a('--out', metavar='RUN', help='run folder (default runs/RECIPE-DATA-SEED)')
+    a('--save-every', type=float, default=20., metavar='N', help='seconds between checkpoints (default 20)')
+    a('--quiet', action='store_true', help='no progress bar')
+
+def add_sample(command):
+    "Options of t2i sample"
+    a = command('sample', 'draw captions with a trained run', cmd_sample)
+    a('run', help='run folder')
+    a('--prompt', nargs='+', metavar='TEXT', help='captions')
+    a('--captions', metavar='FILE',
+      help='UTF-8 file, one caption a line; a blank line draws without condition')
+    a('--per-caption', type=int, default=1, metavar='N', help='pictures of each caption (default 1)')
+    a('--steps', type=int, metavar='N', help="sampler steps (default the recipe's)")
+    a('--guidance', type=float, metavar='W', help="guidance scale; 1 = none (default the recipe's)")
+    a('--seed', type=int, default=0, metavar='N', help='of the noise (default 0)')
+    a('--out', required=True, metavar='FILE',
+      help='picture.png (a labelled sheet) or pictures.npz (images, captions)')
+
+def add_rest(command):
+    "Options of the commands around training and sampling"
+    a = command('eval', 'measure a run: obedience, Frechet distance, recall, copying', cmd_eval)
+    a('run', help='run folder')
+    a('--n', type=int, default=1000, metavar='N', help='drawings (default 1000)')
+    a('--seed', type=int, default=0, metavar='N', help='of captions and noise (default 0)')
+    a = command('run', 'make the measurements of a chapter (results/CHAPTER.json)', cmd_run)
+    a('chapter', help=', '.join(('demo',*CHAPTERS)))
+    a('--seeds', type=int, default=2, metavar='N', help='how many (default 2)')
+    a('--seconds', type=float, metavar='N', help='training time of a row (default 60)')
+    a('--out', metavar='FILE', help='file to write')
+    a = command('data', 'write captioned pictures of a data set to a file', cmd_data)
+    a('name', help=DATA)
+    a('--split', default='train', help='train, test, or painted: heldout (default train)')
+    a('--n', type=int, default=1000, metavar='N', help='pictures (default 1000)')
+    a('--seed', type=int, default=0, metavar='N', help='of every random number (default 0)')
+    a('--out', required=True, metavar='FILE', help='file.npz')
+    a = command('bench', 'quality of painted digits against training time (results/bench_painted.json)',
+                cmd_bench)
+    a('--seconds', type=float, nargs='+', default=(60,180), metavar='N',
+      help='training times (default 60 180)')
+    a('--seeds', type=int, default=2, metavar='N', help='how many (default 2)')
+    a('--out', metavar='FILE', help='file to write')
+    a = command('report', 'one table of all results', lambda a: report(a.folder))
+    a('folder', nargs='?', help='default: results/')
+    command('doctor', 'what this machine offers and what is missing', lambda a: doctor())
+
+def parser()->Parser:
+    "All commands of t2i"
+    p = Parser('t2i', description='Train, sample and measure the text-to-image models of t2i_course.',
+               epilog='Start with: t2i demo', allow_abbrev=False)
+    sub = p.add_subparsers(title='commands', metavar='COMMAND', required=True)
+    def command(name, text, run):
+        q = sub.add_parser(name, help=text, description=text[0].upper()+text[1:]+'.', allow_abbrev=False)
         q.set_defaults(do=run)
         return q.add_argument
-    a = add('demo', 'train on painted digits for two minutes, draw, measure', lambda a: demo(between(a.seconds, .1, 1e6, '--seconds'), a.out))
-    a('--seconds', type=float, help='training time (default 110)'); a('--out', default='runs/demo', help='run folder (default runs/demo)')
-    a = add('train', 'train a recipe into a run folder', cmd_train)
-    a('recipe', nargs='?', help=', '.join(RECIPES)); a('--list', action='store_true', help='the recipes')
-    a('--data', default='painted', help='digits, painted, painted2, mnist, fashion, cifar10 or a folder of captioned images (default painted)')
-    a('--scale', choices=['smoke','demo','full'], help='size of the model and default length (default: T2I_SCALE, else demo)')
-    a('--seconds', type=float, help='wall time of training'); a('--images', type=int, help='images seen: the clock that makes runs repeatable')
-    a('--precision', choices=['auto','fp32','bf16','fp16'], default='auto', help='auto: bf16 where a short probe shows that it pays')
-    a('--seed', type=int, default=0); a('--resume', action='store_true', help='go on with the run in --out'); a('--out', help='run folder'); a('--quiet', action='store_true', help='no progress bar')
-    a('--save-every', type=float, default=20., help='seconds between checkpoints (default 20)')
-    a = add('sample', 'draw captions with a trained run', cmd_sample)
-    a('run', help='run folder'); a('--prompt', nargs='+', help='captions'); a('--captions', help='UTF-8 file, one caption a line; a blank line draws without condition')
-    a('--per-caption', type=int, default=1); a('--steps', type=int, help='sampler steps'); a('--guidance', type=float, help='guidance scale; 1 = none')
-    a('--seed', type=int, default=0); a('--out', required=True, help='picture.png (a labelled sheet) or pictures.npz (images, captions)')
-    a = add('eval', 'measure a run: obedience, Frechet distance, recall, copying', lambda a: eval_run(a.run, between(a.n, 8, 100_000, '--n', whole=True), a.seed))
-    a('run', help='run folder'); a('--n', type=int, default=1000, help='drawings'); a('--seed', type=int, default=0)
-    a = add('run', 'make the measurements of a chapter (results/CHAPTER.json)', lambda a: run_chapter(a.chapter, tuple(range(between(a.seeds, 1, 100, '--seeds', whole=True))), between(a.seconds, .1, 1e6, '--seconds'), a.out))
-    a('chapter', help=', '.join(('demo',*CHAPTERS))); a('--seeds', type=int, default=2); a('--seconds', type=float, help='training time of a row'); a('--out', help='file to write')
-    a = add('data', 'write captioned pictures of a data set to a file', cmd_data)
-    a('name', help='digits, painted, painted2, mnist, fashion, cifar10 or a folder'); a('--split', default='train', help='train, test, or painted: heldout')
-    a('--n', type=int, default=1000); a('--seed', type=int, default=0); a('--out', required=True, help='file.npz')
-    a = add('bench', 'quality of painted digits against training time (results/bench_painted.json)', lambda a: bench(seconds=a.seconds, seeds=tuple(range(a.seeds)), out=a.out))
-    a('--seconds', type=float, nargs='+', default=(60,180)); a('--seeds', type=int, default=2); a('--out')
-    a = add('report', 'one table of all results', lambda a: report(a.folder)); a('folder', nargs='?', help='default: results/')
-    add('doctor', 'what this machine offers and what is missing', lambda a: doctor())
+    a = command('demo', 'train on painted digits for two minutes, draw, measure',
+                lambda a: demo(between(a.seconds, .1, 1e6, '--seconds'), a.out))
+    a('--seconds', type=float, metavar='N', help='training time (default 110)')
+    a('--out', default='runs/demo', metavar='RUN', help='run folder (default runs/demo)')
+    add_train(command)
+    add_sample(command)
+    add_rest(command)
     return p
 
 def main(argv=None)->int:
     "Entry point; a mistake of the user is one sentence and exit code 2"
-    a = parser().parse_args(argv)
-    try: a.do(a)
+    try:
+        a = parser().parse_args(argv)
+        a.do(a)
     except CourseError as e: say(f't2i: {e}'); return 2
     except Stopped as e: say(f'\nt2i: {e}'); return 130
     except KeyboardInterrupt: say('\nt2i: stopped'); return 130
     except BrokenPipeError: return 1
+    except OSError as e: # a disk that fills up while a line is logged, a file without the right to read it
+        if not e.filename and e.errno!=errno.ENOSPC: raise
+        what = f'{e.strerror}: {e.filename}' if e.filename else e.strerror
+        say(f't2i: {what}. Check the path, its permissions and the free space.')
+        return 2
     return 0
 
 if __name__=='__main__': sys.exit(main())

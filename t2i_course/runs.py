@@ -11,7 +11,7 @@ def write_whole(
     path,  # where to
     write, # write(temporary path)
 ):
-    "Write beside the target, flush to disk, then put in place: a full disk or a power cut leaves the old file whole"
+    "Write beside the target, flush, put in place: a full disk or a power cut leaves the old file whole"
     path = Path(path)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
@@ -51,9 +51,10 @@ def save_tensors(
 ):
     "Tensors, a note and their hash in one safetensors file, written whole"
     tensors = {k:v.detach().cpu().contiguous().clone() for k,v in tensors.items()}
-    note = json.dumps(note, sort_keys=True)
-    meta = dict(note=note, sha256=digest(tensors, note))
-    write_whole(path, lambda p: save_file(tensors, p, metadata=meta))
+    sha256 = digest(tensors, json.dumps(note, sort_keys=True))
+    # one entry alone: safetensors writes several in random order, and the same run would end in other bytes
+    header = dict(note=json.dumps(note|dict(sha256=sha256), sort_keys=True))
+    write_whole(path, lambda p: save_file(tensors, p, metadata=header))
 
 def load_tensors(
     path, # a file made by `save_tensors`
@@ -63,16 +64,19 @@ def load_tensors(
     if not path.is_file(): raise CourseError(f'{path} does not exist')
     try:
         with safe_open(path, 'pt') as f:
-            tensors,meta = {k:f.get_tensor(k) for k in f.keys()},f.metadata() or {}
+            tensors,header = {k:f.get_tensor(k) for k in f.keys()},f.metadata() or {}
+        note = json.loads(header.get('note', '{}'))
     except Exception as e:
-        raise CourseError(f'{path} cannot be read ({e}): it is damaged or cut short. Delete it, or take it from a backup.') from e
-    note = meta.get('note', '')
-    if meta.get('sha256')!=digest(tensors, note):
-        raise CourseError(f'{path} is not as it was saved (its hash differs): it was changed or damaged. '
-                          'Delete it, or take it from a backup.')
-    return tensors,json.loads(note)
+        raise CourseError(f'{path} cannot be read ({e}): it is damaged or cut short. '
+                          'Delete it, or take it from a backup.') from e
+    sha256 = note.pop('sha256', header.get('sha256')) # earlier files have it as an entry of its own
+    if sha256!=digest(tensors, json.dumps(note, sort_keys=True)):
+        raise CourseError(f'{path} is not as it was saved (its hash differs): it was changed '
+                          'or damaged. Delete it, or take it from a backup.')
+    return tensors,note
 
-NEEDED = ('recipe','data','shape','images','seconds','seed','precision','threads') # of every config.json
+# what every config.json says
+NEEDED = ('recipe','data','shape','images','seconds','seed','precision','threads')
 
 def read_config(
     run, # a run folder

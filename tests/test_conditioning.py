@@ -51,11 +51,11 @@ def test_every_caption_fits(name):
 def test_words_nobody_knows(tok):
     c = tok(['a 빨간 seven 🎨'])
     assert (c.ids == UNKNOWN).sum() == 2 and c.mask.sum() == 5
-    assert tok.notes('a 빨간 seven 🎨 🎨') == ["'a 빨간 seven 🎨 🎨': the model never saw 빨간, 🎨; drawn without"]
+    assert tok.notes('a 빨간 seven 🎨 🎨') == ["'a 빨간 seven 🎨 🎨': the model never saw 빨간, 🎨; read as 'unknown word'"]
     pieces = unicodedata.normalize('NFD', '빨간') # as some systems type it
     assert WordTokenizer(['빨간'])([pieces]).ids[0, 1] == 3
     # the invisible variation sign is not named
-    assert tok.notes('a ❤️ seven') == ["'a ❤️ seven': the model never saw ❤; drawn without"]
+    assert tok.notes('a ❤️ seven') == ["'a ❤️ seven': the model never saw ❤; read as 'unknown word'"]
 
 
 def test_too_long(tok):

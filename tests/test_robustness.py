@@ -1,6 +1,7 @@
 """Bad input gets one clear sentence and leaves nothing half done; an interrupted run loses nothing."""
 import errno, json, multiprocessing, os, random, signal, time
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
@@ -9,12 +10,14 @@ from t2i_course import cli, runs
 from t2i_course.core.data import CourseError
 
 def refused(capsys, *args):
-    "Run t2i; it must fail with one sentence and no traceback. Returns the sentence"
+    "Run t2i; it must fail with one sentence, the last line, and no traceback. Returns the sentence"
     code = cli.main([str(a) for a in args])
     err = capsys.readouterr().err.strip()
+    *notes,last = err.splitlines()
     assert code==2 and 'Traceback' not in err
-    assert len(err.splitlines())==1 and err.startswith('t2i: '), err
-    return err
+    assert last.startswith('t2i: ') and not any(n.startswith('t2i: ') for n in notes), err
+    assert all('skipped' in n or 'downloading' in n for n in notes), err
+    return last
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
@@ -36,16 +39,22 @@ def folder(path, good=6, captions=True):
     return path
 
 # ---- refused with a sentence ----
-@pytest.mark.parametrize('option, value', [('--guidance', 99), ('--guidance', -1), ('--guidance', 'nan'), ('--steps', 0), ('--steps', 5000)])
+@pytest.mark.parametrize('option, value', [('--guidance', 99), ('--guidance', -1), ('--guidance', 'nan'),
+                                           ('--steps', 0), ('--steps', 5000)])
 def test_sampling_out_of_range(run, tmp_path, capsys, option, value):
     out = tmp_path/'a.png'
     assert 'from' in refused(capsys, 'sample', run, '--prompt', 'x', option, value, '--out', out)
     assert not out.exists()
 
-@pytest.mark.parametrize('option, value', [('--seconds', 0), ('--seconds', -3), ('--images', 0), ('--seconds', 'nan')])
+@pytest.mark.parametrize('option, value', [('--seconds', 0), ('--seconds', -3), ('--images', 0),
+                                           ('--seconds', 'nan')])
 def test_training_out_of_range(tmp_path, capsys, option, value):
     refused(capsys, 'train', 'flow_matching', '--data', 'digits', option, value, '--out', tmp_path/'r')
     assert not (tmp_path/'r').exists()
+
+@pytest.mark.parametrize('args', [('train', 'ddpm', '--seconds', 'long'),
+                                  ('train', 'ddpm', '--scale', 'huge'), ('paint',), ()])
+def test_unreadable_arguments(capsys, args): assert '--help' in refused(capsys, *args)
 
 def test_unknown_names(tmp_path, capsys):
     assert 'flow_matching' in refused(capsys, 'train', 'gandalf', '--out', tmp_path/'r')
@@ -68,8 +77,12 @@ def test_caption_files(run, tmp_path, capsys):
     assert not out.exists()
 
 def test_not_a_run(tmp_path, capsys):
-    assert 't2i train' in refused(capsys, 'sample', tmp_path, '--prompt', 'x', '--out', tmp_path/'a.png')
+    new = tmp_path/'new'
+    assert 't2i train' in refused(capsys, 'sample', tmp_path, '--prompt', 'x', '--out', new/'a.png')
+    assert not new.exists()
     assert 't2i train' in refused(capsys, 'eval', tmp_path/'nowhere')
+    (tmp_path/'config.json').write_text('{"name": "of another program"}')
+    assert 'lacks' in refused(capsys, 'sample', tmp_path, '--prompt', 'x', '--out', tmp_path/'a.png')
 
 def test_truncated_model(copy, tmp_path, capsys):
     p = copy/'model.safetensors'
@@ -98,15 +111,25 @@ def test_run_is_not_overwritten(copy, capsys):
     assert '--resume' in refused(capsys, 'train', 'flow_matching', '--data', 'digits', '--out', copy)
     assert (copy/'model.safetensors').read_bytes()==before
 
+def test_resume_with_other_settings(copy, capsys):
+    before = {p.name:p.read_bytes() for p in copy.iterdir()}
+    assert 'run of flow_matching' in refused(capsys, 'train', 'ddpm', '--resume', '--out', copy)
+    assert '--images 96' in refused(capsys, 'train', '--resume', '--seconds', 3, '--out', copy)
+    assert {p.name:p.read_bytes() for p in copy.iterdir()}==before
+
+def test_empty_report(tmp_path, capsys): assert 't2i run' in refused(capsys, 'report', tmp_path)
+
 def test_unwritable_out(run, tmp_path, capsys):
     (tmp_path/'file').write_text('')
-    assert '--out' in refused(capsys, 'train', 'flow_matching', '--data', 'digits', '--images', 64, '--out', tmp_path/'file'/'r')
+    assert '--out' in refused(capsys, 'train', 'flow_matching', '--data', 'digits', '--images', 64,
+                              '--out', tmp_path/'file'/'r')
 
 def test_folders_with_nothing_usable(tmp_path, capsys):
     (tmp_path/'empty').mkdir()
-    assert str(tmp_path/'empty') in refused(capsys, 'train', 'ddpm', '--data', tmp_path/'empty', '--out', tmp_path/'r')
+    empty = tmp_path/'empty'
+    assert str(empty) in refused(capsys, 'train', 'ddpm', '--data', empty, '--out', tmp_path/'r')
     folder(tmp_path/'mute', captions=False)
-    assert 'caption' in refused(capsys, 'train', 'ddpm', '--data', tmp_path/'mute', '--out', tmp_path/'r').splitlines()[-1]
+    assert 'caption' in refused(capsys, 'train', 'ddpm', '--data', tmp_path/'mute', '--out', tmp_path/'r')
 
 def test_data_folder_and_download(tmp_path, capsys, monkeypatch):
     from t2i_course import sources
@@ -121,21 +144,23 @@ def test_data_folder_and_download(tmp_path, capsys, monkeypatch):
     from torchvision.datasets import FashionMNIST
     def offline(self): raise OSError('no route to host')
     monkeypatch.setattr(FashionMNIST, 'download', offline)
-    assert 'T2I_DATA' in refused(capsys, 'data', 'fashion', '--out', tmp_path/'f.npz')
+    assert 'check the network' in refused(capsys, 'data', 'fashion', '--out', tmp_path/'f.npz')
     assert not (tmp_path/'f.npz').exists()
 
 # ---- goes on, and says so ----
 def test_corrupt_pictures_are_skipped(tmp_path, capsys):
     d = folder(tmp_path/'d', good=12)
     (d/'bad.png').write_bytes(b'not a picture'); (d/'bad.txt').write_text('broken')
-    assert cli.main(['train', 'ddpm', '--data', str(d), '--scale', 'smoke', '--images', '32', '--out', str(tmp_path/'r'), '--quiet'])==0
+    assert cli.main(['train', 'ddpm', '--data', str(d), '--scale', 'smoke', '--images', '32', '--quiet',
+                     '--out', str(tmp_path/'r')])==0
     err = capsys.readouterr().err
     assert 'bad.png' in err and '1' in err
 
 def test_odd_captions(run, tmp_path, capsys):
     f = tmp_path/'c.txt'
     f.write_text('a handwritten 일곱 🙂 seven\n\na handwritten seven '+'seven '*40+'\n', encoding='utf-8')
-    assert cli.main(['sample', str(run), '--captions', str(f), '--steps', '2', '--out', str(tmp_path/'a.npz')])==0
+    assert cli.main(['sample', str(run), '--captions', str(f), '--steps', '2',
+                     '--out', str(tmp_path/'a.npz')])==0
     err = capsys.readouterr().err
     assert '일곱' in err and '🙂' in err and 'cut after' in err and 'without condition' in err
     z = np.load(tmp_path/'a.npz')
@@ -148,6 +173,26 @@ def test_captions_keep_their_order(run, tmp_path):
     assert (x==again).all()
 
 # ---- nothing is lost ----
+def test_the_same_tensors_give_the_same_bytes(tmp_path):
+    p,seen = tmp_path/'a.safetensors',set()
+    for _ in range(12):
+        runs.save_tensors(p, dict(b=torch.ones(3), a=torch.zeros(2)), step=1, config='x', images=2)
+        seen.add(p.read_bytes())
+    assert len(seen)==1 and runs.load_tensors(p)[1]==dict(step=1, config='x', images=2)
+
+def test_resume_of_a_finished_run(copy, capsys):
+    before = {p.name:p.read_bytes() for p in copy.iterdir()}
+    assert cli.main(['train', '--resume', '--quiet', '--out', str(copy)])==0
+    assert 'already' in capsys.readouterr().err
+    assert {p.name:p.read_bytes() for p in copy.iterdir()}==before
+
+def test_damaged_model_is_written_again(copy, capsys):
+    p = copy/'model.safetensors'
+    before = p.read_bytes()
+    p.write_bytes(before[:-100])
+    assert cli.main(['train', '--resume', '--quiet', '--out', str(copy)])==0
+    assert 'damaged' in capsys.readouterr().err and p.read_bytes()==before
+
 def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     p = tmp_path/'c.safetensors'
     runs.save_tensors(p, dict(a=torch.ones(10)), step=1)
@@ -156,23 +201,33 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     for name in ('fsync','replace'):
         with monkeypatch.context() as m:
             m.setattr(os, name, full)
-            with pytest.raises(CourseError, match='space'): runs.save_tensors(p, dict(a=torch.zeros(10)), step=2)
+            with pytest.raises(CourseError, match='space'):
+                runs.save_tensors(p, dict(a=torch.zeros(10)), step=2)
         assert p.read_bytes()==before and list(tmp_path.iterdir())==[p]
 
-def train_in_child(out, limit=None):
+def train_in_child(out, limit=None, training=None):
+    "Train or resume in a process of its own; `training` turns 1 with the first step"
     if limit:
         import resource
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    train = cli.train
+    def noted(*args, **kwargs):
+        for r in train(*args, **kwargs):
+            if training is not None: training.value = 1
+            yield r
+    cli.train = noted
     torch.set_num_threads(1)
-    os._exit(cli.main(['train', 'flow_matching', '--data', 'digits', '--scale', 'smoke', '--images', '4000', '--precision', 'fp32', '--save-every', '.2',
-                       '--resume', '--quiet', '--out', str(out)]))
+    os._exit(cli.main(['train', 'flow_matching', '--data', 'digits', '--scale', 'smoke', '--images', '4000',
+                       '--precision', 'fp32', '--save-every', '.2', '--resume', '--quiet',
+                       '--out', str(out)]))
 
 @pytest.fixture(scope='module')
 def children():
     "Processes that start with torch already imported"
     ctx = multiprocessing.get_context('forkserver')
-    ctx.set_forkserver_preload(['t2i_course.cli', 't2i_course.flow.flow_matching', 'sklearn.datasets'])
+    ctx.set_forkserver_preload(['t2i_course.cli', 't2i_course.flow.flow_matching', 'sklearn.datasets',
+                               'torch._dynamo'])
     return ctx
 
 @pytest.fixture(scope='module')
@@ -183,18 +238,27 @@ def uninterrupted(children, tmp_path_factory):
     return (out/'model.safetensors').read_bytes()
 
 def test_kill_9_twenty_times(children, uninterrupted, tmp_path):
-    out,rng,killed = tmp_path/'r',random.Random(0),0
+    "Four kills at any moment from the start on, sixteen once training has begun; a run that ends is compared"
+    rng,killed,inside,finished = random.Random(0),0,0,0
+    out = tmp_path/'r0'
     while killed<20:
-        p = children.Process(target=train_in_child, args=(out,)); p.start()
-        p.join(rng.uniform(.3, 2.5))
-        if p.exitcode is None: os.kill(p.pid, signal.SIGKILL); p.join(); killed += 1
-        else:
-            assert p.exitcode==0
-            if killed<20: # finished early: start over, the kills go on counting
-                assert (out/'model.safetensors').read_bytes()==uninterrupted
-                out = tmp_path/f'r{killed}'
+        training = children.RawValue('b', 0)
+        p = children.Process(target=train_in_child, args=(out, None, training)); p.start()
+        while killed%5 and not training.value and p.exitcode is None: time.sleep(.005)
+        p.join(rng.uniform(0, .5))
+        if p.exitcode is None:
+            os.kill(p.pid, signal.SIGKILL); p.join()
+            killed += 1
+            inside += training.value and not (out/'model.safetensors').exists()
+        else: # trained to the end: the next run starts over, the kills go on counting
+            assert p.exitcode==0 and (out/'model.safetensors').read_bytes()==uninterrupted
+            finished += 1
+            out = tmp_path/f'r{finished}'
     p = children.Process(target=train_in_child, args=(out,)); p.start(); p.join()
     assert p.exitcode==0 and (out/'model.safetensors').read_bytes()==uninterrupted
+    assert not list(out.glob('.*.part')) and inside>=12
+    steps = [json.loads(l)['step'] for l in (out/'log.jsonl').read_text().splitlines()]
+    assert steps==sorted(set(steps))
 
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop(children, uninterrupted, tmp_path, how):
@@ -211,6 +275,11 @@ def test_no_room_for_the_checkpoint(children, tmp_path):
     out = tmp_path/'r'
     p = children.Process(target=train_in_child, args=(out, 100_000)); p.start(); p.join()
     assert p.exitcode==2 and not (out/'checkpoint.safetensors').exists() and not list(out.glob('.*.part'))
+
+def test_head_start_longer_than_the_clock(capsys):
+    bar = cli.progress_bar(SimpleNamespace(seconds=4.), dict(images=None, seconds=2.), quiet=False)
+    bar(None)
+    assert '2/2 s' in capsys.readouterr().err
 
 def test_seconds_clock_keeps_the_used_time(tmp_path):
     out = tmp_path/'r'

@@ -67,7 +67,7 @@ class LabelEmbedder(nn.Module):
         "The label after the last: no class"
         return raw_cond(torch.tensor([[self.n_classes]]), torch.ones(1,1,dtype=torch.bool))
 
-# %% ../../nbs/01_core/11_conditioning.ipynb #3398d0f8
+# %% ../../nbs/01_core/11_conditioning.ipynb #81a7ea1d
 PAD,START,UNKNOWN = 0,1,2
 
 class WordTokenizer:
@@ -102,7 +102,7 @@ class WordTokenizer:
         "What the model will not see of this caption"
         ws = split_words(caption)
         unseen = list(dict.fromkeys(w for w in ws if w not in self.index))
-        out = [f"'{caption}': the model never saw {', '.join(unseen)}; drawn without"] if unseen else []
+        out = [f"'{caption}': the model never saw {', '.join(unseen)}; read as 'unknown word'"] if unseen else []
         if len(ws)>=self.max_len:
             out.append(f"'{caption}': cut after '{ws[self.max_len-2]}' ({self.max_len-1} words at most)")
         return out

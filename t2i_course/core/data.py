@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     attrs: dict        # name -> (b) int64, what the picture shows
     named: dict        # name -> (b) bool, what the caption says of it
 
-# %% ../../nbs/01_core/10_data.ipynb #63699210
+# %% ../../nbs/01_core/10_data.ipynb #f803e579
 _GOLDEN,_M1,_M2 = 0x9E3779B97F4A7C15,0xBF58476D1CE4E5B9,0x94D049BB133111EB
 
 def _signed(u:int)->int: return u-(1<<64) if u>=1<<63 else u
@@ -36,7 +36,7 @@ def _shr(z:Tensor, n:int)->Tensor: return (z>>n)&((1<<(64-n))-1)
 def mix(
     z:Tensor, # (...) int64 counters
 )->Tensor:    # (...) int64, every bit depends on every bit of z
-    "The finaliser of SplitMix64 (Steele, Lea and Flood 2014, figure 16)"
+    "The finaliser of SplitMix64 (Steele, Lea and Flood 2014), with the constants of Stafford's variant 13"
     z = (z^_shr(z,30))*_signed(_M1)
     z = (z^_shr(z,27))*_signed(_M2)
     return z^_shr(z,31)
@@ -161,11 +161,11 @@ def level(
     f = ((hi-width)/(hi-lo).clamp_min(1e-4)).clamp(0,1)
     return ths[i-1]+f*(ths[1]-ths[0])
 
-# %% ../../nbs/01_core/10_data.ipynb #d3db1844
+# %% ../../nbs/01_core/10_data.ipynb #03df7413
 def slant(
     field:Tensor, # (n s s) ink height
 )->Tensor:        # (n) shear: dx/dy of the ink's main axis, from second moments
-    "How far the writer's hand leans (positive: the top is to the right)"
+    "How far the writer's hand leans, as the slope of the regression of x on height (positive: the top is to the right)"
     m = field.clamp_min(0)
     c = torch.arange(m.shape[-1])-(m.shape[-1]-1)/2
     n = m.sum((1,2))

@@ -336,12 +336,12 @@ def drawer(
         return x
     return draw
 
-# %% ../../nbs/04_diffusion/30_ddpm.ipynb #2e91f24c
+# %% ../../nbs/04_diffusion/30_ddpm.ipynb #351d274d
 def vlb_weight(
     process:VP, # the chain
     t:Tensor,   # (b) time; the step that ends at or after it
 )->Tensor:      # (b) nats per unit of squared error, summed over the chain
-    "The bound's weight on the error of eps: T/2 (SNR(s)/SNR(t) - 1), s one step before t (Kingma et al. 2021, eq. 14)"
+    "The bound's weight on the error of eps: T/2 (SNR(s)/SNR(t) - 1), s one step before t (Kingma et al. 2021, arXiv:2107.00630)"
     i = (t.detach().cpu().double()*process.n_steps).ceil().long().clamp(1, process.n_steps)
     now,before = process.abar(i),process.abar(i-1)
     ratio = torch.where(i>1, before/(1-before)*(1-now)/now, 1+1/now) # step 1, the decoder, has variance beta_1
