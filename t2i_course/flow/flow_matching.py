@@ -48,7 +48,7 @@ def mode_times(
         return (1-u-s*((math.pi/2*u).cos()**2-1+u)).clamp(1e-4, 1-1e-4)
     return times
 
-# %% ../../nbs/06_flow/60_flow_matching.ipynb #c37d9d68
+# %% ../../nbs/06_flow/60_flow_matching.ipynb #de0ed22e
 def recipe(
     channels:int,      # of the pictures
     words,             # vocabulary of the captions
@@ -59,7 +59,7 @@ def recipe(
 )->dict:               # JSON values
     "Everything `build` needs to make the same model again"
     return dict(recipe='flow_matching', channels=channels, words=list(words), max_len=max_len, skip=skip,
-                groups=[list(g) for g in groups], n_terms=2, t_mean=-.3, t_std=1.4,
+                groups=[list(g) for g in groups], n_terms=2, t_mean=0., t_std=1.,
                 lr=4e-3, p_drop=.1, half_life=500_000, sample_steps=16, guidance=2., guide_above=.2, hold=True,
                 **SIZES[scale])
 
@@ -139,7 +139,7 @@ class Unframed:
         seen = torch.einsum('bij,bkjhw->bkihw', g.frame, g.inputs.unflatten(1, (3, -1))).flatten(1, 2)
         return g._replace(frame=torch.eye(x_t.shape[1], device=x_t.device).expand_as(g.frame), inputs=seen)
 
-# %% ../../nbs/06_flow/60_flow_matching.ipynb #077faf40
+# %% ../../nbs/06_flow/60_flow_matching.ipynb #3cb0bb52
 # ---- the sweeps beside the chapter ----
 SWEEP = dict(smoke=dict(images=256, n=12, nfe=(2,4), guidance=((1.,0.),(2.,0.),(2.,.2))),
              demo=dict(images=14_000, n=400, nfe=(2,4,8,16,32), guidance=((1.,0.),(2.,0.),(2.,.2),(4.,0.),(4.,.2))),
@@ -148,9 +148,9 @@ SWEEP = dict(smoke=dict(images=256, n=12, nfe=(2,4), guidance=((1.,0.),(2.,0.),(
 
 def arms(
     curve, # process of the arm 'vp'
-)->dict:   # name -> the one thing that differs from the recipe
+)->dict:   # name -> the one thing that differs from the start
     "Every comparison of the chapter"
-    return dict(recipe=dict(), uniform=dict(times=uniform_times), lognormal0=dict(times=logit_normal(0.)),
+    return dict(base=dict(), uniform=dict(times=uniform_times), lognormal0=dict(times=logit_normal(0.)),
                 mode=dict(times=mode_times()), vp=dict(times=uniform_times, process=curve),
                 none=dict(skip=False), unframed=dict(framed=False))
 
@@ -164,7 +164,7 @@ def train_arm(
     skip:bool=True,  # start from the closed form
     framed:bool=True,# in the caption's own colour directions
     process=None,    # another path than the line
-    times=None,      # another density of t than the recipe's
+    times=None,      # another density of t than the config's
 )->tuple:            # tokenizer, Denoiser with averaged weights, mean loss of the last tenth
     "Train one arm of a comparison"
     torch.manual_seed(seed)
@@ -199,14 +199,14 @@ def measure(
     return dict(fd=row['fd'], recall=row['recall'], obedience=o['all'], digit=o['digit'],
                 heldout=row.get('heldout', {}).get('all'))
 
-# %% ../../nbs/06_flow/60_flow_matching.ipynb #22d9b006
+# %% ../../nbs/06_flow/60_flow_matching.ipynb #157a7e22
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # of weights, data and start noise
 ):                    # yields ('key.path', value)
-    "Paths at few steps (2.5.1b), densities of t (2.5.1e), what skip, frame and guidance interval are worth"
+    "Paths at few steps, densities of t, what skip, frame and guidance interval are worth"
     s,data = SWEEP[scale],Painted()
-    config = recipe(3, data.words, scale=scale, groups=word_groups(data))
+    config = recipe(3, data.words, scale=scale, groups=word_groups(data))|dict(t_mean=-.3, t_std=1.4) # where every arm starts
     judge,precision = load_judge('painted'),'bf16' if bf16_pays(pick_device()) else 'fp32'
     tok,den = build(config)
     tables = fit_skip(den, data, tok, config['fit_images']).skip.tables
@@ -220,4 +220,4 @@ def experiments(
             one = partial(measure, den, tok, data, judge, s['n'], seed)
             yield f'arms.{name}.{seed}',one(16, 2., config['guide_above'], s['n']//2)|dict(loss=loss)
             if name in ('uniform','vp'): yield f'paths.{name}.{seed}',[one(k) for k in s['nfe']]
-            if name=='recipe': yield f'guided.{seed}',[one(16, w, a, s['n']//2) for w,a in s['guidance']]
+            if name=='base': yield f'guided.{seed}',[one(16, w, a, s['n']//2) for w,a in s['guidance']]
