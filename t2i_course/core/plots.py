@@ -266,7 +266,7 @@ def _frame(f, cols)->tuple: # PNG bytes, is it pixel art
         return buf.getvalue(),True
     return f.png(80),False
 
-# %% ../../nbs/01_core/15_plots.ipynb #dc448f88
+# %% ../../nbs/01_core/15_plots.ipynb #22a09a90
 def explorer(
     frames,           # Figures, or pictures (c h w), or batches (n c h w) shown as a mosaic
     labels,           # a text for each frame
@@ -297,7 +297,8 @@ def explorer(
         f'data-frames="{quote(json.dumps(src))}" data-labels="{quote(json.dumps(labels))}">{head}<img src="{src[at]}" '
         f'alt="{said}" style="width:100%;display:block;{crisp}">'
         f'<div style="display:flex;gap:.8em;align-items:center;margin-top:.3em">'
-        f'<input type="range" min="0" max="{len(frames)-1}" step="1" value="{at}" style="flex:1" '
+        f'<input type="range" data-lm-suppress-shortcuts="true" min="0" max="{len(frames)-1}" step="1" '
+        f'value="{at}" style="flex:1" '
         f'autocomplete="off" aria-label="{quote(title or "choose a picture")}" '
         f'aria-valuetext="{quote(labels[at])}" oninput="{quote(turn)}">'
         f'<output style="min-width:9em">{quote(labels[at])}</output></div></div>')
