@@ -69,10 +69,7 @@ def settings(recipe, data, scale, seconds, images, seed, precision)->dict:
     "The config of a new run: everything needed to make the same model again"
     mod,ds = module(recipe),load(data)
     more = {}
-    if recipe=='flow_matching': # the words that the head start reads, attribute by attribute
-        groups = [[w for w in v if w in ds.words and w!='upright']
-                  for k,v in ds.attributes.items() if k in ('digit','lean','weight','label')]
-        more = dict(groups=[g for g in groups if g])
+    if recipe=='flow_matching': more = dict(groups=import_module('t2i_course.diffusion.preconditioning').word_groups(ds))
     if images is None and seconds is None: images = IMAGES[scale]
     if precision=='auto': precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
     return mod.recipe(ds.shape[0], ds.words, ds.size, scale, **more)|dict(
@@ -141,7 +138,7 @@ def fit_run(out:Path, config:dict, quiet:bool=False, save_every:float=20.):
             return say(f'{out} is trained to the end already: nothing was changed')
         say(f'going on at {state.images:,} images')
     cut_log(out, state.step)
-    head_start(state, ds, tok, den.skip, config, saved)
+    head_start(state, ds, tok, den, config, saved)
     tables = den.skip.tables if den.skip is not None else {}
     records = train(state, den.loss, feed(ds, tok), images=config['images'], seconds=config['seconds'],
                     batch=config['batch'], seed=config['seed'])
@@ -163,17 +160,15 @@ def finished(out:Path, state, config:dict)->bool:
         return False
     return (out/'train.json').exists()
 
-def head_start(state, ds, tok, skip, config:dict, saved:dict):
+def head_start(state, ds, tok, den, config:dict, saved:dict):
     "Fit the closed-form skip, or take it from the checkpoint; its time counts as training"
-    if skip is None: return
+    if den.skip is None: return
     if saved:
-        skip.tables = {k:v.to(state.device) for k,v in saved.items()}
+        den.skip.tables = {k:v.to(state.device) for k,v in saved.items()}
         return
+    from t2i_course.diffusion.preconditioning import fit_skip
     start = time.perf_counter()
-    draws = Draws(config['seed'], torch.arange(config['fit_images']))
-    b = ds.batch('train', draws)
-    cond = tok(b.captions).drop(draws.uniform('drop')>=config['p_drop'], tok.null())
-    skip.fit(b.x.to(state.device), cond.ids.to(state.device))
+    fit_skip(den, ds, tok, config['fit_images'], config['seed'])
     state.seconds += time.perf_counter()-start
 
 def log_line(r)->str:
@@ -236,23 +231,16 @@ class Model:
         steps=None,     # network evaluations; default the recipe's
         guidance=None,  # scale; default the recipe's
     )->torch.Tensor:    # (n c h w) in [-1,1]
-        "Pictures of captions, 250 at a time; the noise of a picture depends on the seed and its place alone"
-        from t2i_course.diffusion.ddpm import guided, sample
+        "Pictures of captions; the noise of a picture depends on the seed and its place alone"
+        from t2i_course.diffusion.ddpm import drawer
         c = self.config
         steps = between(steps, 1, 1000, '--steps', whole=True) or c['sample_steps']
         guidance = c['guidance'] if guidance is None else between(guidance, 0, 50, '--guidance')
         low = torch.float16 if c['precision']=='fp16' else torch.bfloat16
-        cast = torch.autocast(torch.device(self.device).type, low, enabled=c['precision']!='fp32')
-        ts,out = self.module.times(c, steps),[]
-        for part in torch.arange(len(captions)).split(250):
-            draws = Draws(seed, part, self.device)
-            den = guided(self.den, self.tok([captions[i] for i in part]).to(self.device),
-                         guidance, c['guide_above'], c['hold'])
-            x = draws.normal('x', *c['shape'])
-            with torch.no_grad(), cast:
-                for x in sample(den, self.den.process, x, ts, self.module.ETA, draws): pass
-            out.append(x.float().clamp(-1,1).cpu())
-        return torch.cat(out)
+        draw = drawer(self.den, self.tok, c['shape'], self.module.times(c, steps), guidance, c['guide_above'],
+                      c['hold'], self.module.ETA)
+        with torch.autocast(torch.device(self.device).type, low, enabled=c['precision']!='fp32'):
+            return draw(captions, seed).clamp(-1, 1)
 
 def to_bytes(
     x, # (n c h w) in [-1,1]

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SIZES', 'ETA', 'linear_betas', 'Coefs', 'VP', 'view', 'eps', 'x0', 'v', 'velocity', 'solve', 'fourier', 'ResBlock',
            'UNet', 'recipe', 'text_unet', 'uniform_times', 'Denoiser', 'build', 'step', 'sample', 'times', 'guided',
-           'drawer', 'vlb_weight', 'weighted', 'bits_per_dim', 'experiments']
+           'drawer', 'vlb_weight', 'weighted', 'bits_per_dim', 'train_arm', 'weighted_by_bound', 'experiments']
 
-# %% ../../nbs/04_diffusion/30_ddpm.ipynb #156baede
+# %% ../../nbs/04_diffusion/30_ddpm.ipynb #b1cffd33
 import math
+from functools import partial
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from ..core.conditioning import Cond, Conditioned, TextEncoder, WordTokenizer, c
 from ..core.data import Draws, load
 from ..core.ema import EMA
 from ..core.metrics import evaluate
-from ..core.training import State, feed, train
+from ..core.training import State, feed, pick_device, train
 
 # %% ../../nbs/04_diffusion/30_ddpm.ipynb #8d5ee1bb
 def linear_betas(
@@ -35,14 +36,14 @@ class Coefs(NamedTuple):
     dalpha: Tensor
     dsigma: Tensor
 
-# %% ../../nbs/04_diffusion/30_ddpm.ipynb #73058c83
+# %% ../../nbs/04_diffusion/30_ddpm.ipynb #905b5d55
 class VP:
     "Variance-preserving process from a table of betas; t=i/T is the chain after step i, t=0 the data"
     def __init__(self,
         betas:Tensor, # (T) noise variance of each step
     ):
         self.betas = betas
-        log_abar = torch.log1p(-betas.double()).cumsum(0)
+        log_abar = torch.log1p(-betas.double()).clamp_min(-1e4).cumsum(0) # a beta of 1 leaves alpha = 0, not NaN
         self.log_abar = torch.cat([log_abar.new_zeros(1), log_abar]) # (T+1), entry i: after i steps
         self.n_steps = len(betas)
     def abar(self, i:Tensor)->Tensor: # alpha-bar after i steps, i in 0..T
@@ -318,22 +319,34 @@ def guided(
         return x0,eps
     return predict
 
-# %% ../../nbs/04_diffusion/30_ddpm.ipynb #d599f6a9
+# %% ../../nbs/04_diffusion/30_ddpm.ipynb #e7d22e1f
 def drawer(
     den:Denoiser,     # a trained one
     tok,              # captions -> Cond
     shape,            # (c h w) of a picture
     ts,               # times from 1 down to 0
     w:float=1.,       # guidance scale; 1 = none
+    above:float=0.,   # guide only while t is above this
+    hold:bool=False,  # see `guided`
     eta:float=ETA,    # share of fresh noise
     large:bool=False, # variance beta, see `step`
+    batch:int=250,    # pictures at once
+    sampler=None,     # in place of `sample`: sampler(predict, process, x, ts, draws=draws) yields x
+    guide=None,       # in place of `guided`: guide(den, cond) -> predict
 ):                    # draw(captions, seed) -> (n c h w)
-    "Captions in, pictures out"
+    "Captions in, pictures out; the noise of a picture depends on the seed and its place alone"
+    walk = sampler or partial(sample, eta=eta, large=large)
     def draw(captions, seed=0):
-        draws = Draws(seed, torch.arange(len(captions)))
-        start = draws.normal('start', *shape)
-        for x in sample(guided(den, tok(captions), w), den.process, start, ts, eta, draws, large=large): pass
-        return x
+        out,device = [],next(den.net.parameters()).device
+        for part in torch.arange(len(captions)).split(batch):
+            cond = tok([captions[i] for i in part]).to(device)
+            draws = Draws(seed, part, device)
+            c = den.process.coefs(torch.as_tensor(ts[:1], dtype=torch.float32, device=device))
+            start = draws.normal('start', *shape)*(c.alpha**2+c.sigma**2).sqrt() # what data of variance 1 would be there
+            predict = guide(den, cond) if guide else guided(den, cond, w, above, hold)
+            *_,x = walk(predict, den.process, start, ts, draws=draws)
+            out.append(x.float().cpu())
+        return torch.cat(out)
     return draw
 
 # %% ../../nbs/04_diffusion/30_ddpm.ipynb #351d274d
@@ -384,20 +397,36 @@ def bits_per_dim(
     prior = (a*x0.double().square()-a-torch.log1p(-a)).flatten(1).mean(1)/2 # KL of q(x_T | x0) from N(0, 1)
     return (prior+total.double()-p.clamp_min(1e-12).log().flatten(1).mean(1))/math.log(2)
 
-# %% ../../nbs/04_diffusion/30_ddpm.ipynb #b1f04e08
-def _trained(data, config, target, by_bound, images, seed): # tokenizer, Denoiser with averaged weights
-    torch.manual_seed(seed)
-    tok,den = build(config)
-    den.target,loss = target,den.loss
-    if by_bound:
-        mean = vlb_weight(den.process, (torch.arange(config['n_steps'])+.5)/config['n_steps']).mean()
-        loss = weighted(den, lambda t: vlb_weight(den.process, t)/mean)
-    state = State(den.net, lr=config['lr'], ema=EMA(den.net, config['half_life']))
-    for _ in train(state, loss, feed(data, tok), images=images, batch=config['batch'], seed=seed): pass
+# %% ../../nbs/04_diffusion/30_ddpm.ipynb #ad9e5826
+def train_arm(
+    den:Denoiser,     # a fresh one; ends with the averaged weights
+    tok,              # captions -> Cond
+    data,             # captioned pictures
+    config:dict,      # as from `recipe`
+    images:int,       # training pictures
+    seed:int=0,       # of the data and the noise
+    precision:str='fp32',
+    loss=None,        # loss(x0, cond, draws) -> (b), when it is not den.loss
+)->float:             # mean loss of the last tenth
+    "Train one arm of a comparison"
+    den.net.to(pick_device()); den.to(pick_device())
+    state = State(den.net, config['lr'], EMA(den.net, config['half_life']), precision=precision)
+    records = train(state, loss or den.loss, feed(data, tok), images=images, batch=config['batch'], seed=seed)
+    losses = [r.loss for r in records]
     den.net.load_state_dict(state.ema.shadow)
-    return tok,den
+    tail = losses[-max(1, len(losses)//10):]
+    return sum(tail)/len(tail)
 
-# %% ../../nbs/04_diffusion/30_ddpm.ipynb #93ae0256
+# %% ../../nbs/04_diffusion/30_ddpm.ipynb #43e500db
+def weighted_by_bound(
+    den:Denoiser, # on a VP process
+):                # loss(x0, cond, draws) -> (b)
+    "The loss with the bound's weights, divided by their mean so that the learning rate fits both"
+    T = den.process.n_steps
+    mean = vlb_weight(den.process, (torch.arange(T)+.5)/T).mean()
+    return weighted(den, lambda t: vlb_weight(den.process, t)/mean)
+
+# %% ../../nbs/04_diffusion/30_ddpm.ipynb #e75a015c
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # a run each
@@ -409,7 +438,10 @@ def experiments(
     arms = dict(eps=(eps, False), x0=(x0, False), v=(v, False), vlb=(eps, True)) # target, weighted by the bound
     for seed in seeds:
         for arm,(target,by_bound) in arms.items():
-            tok,den = _trained(data, config, target, by_bound, images, seed)
+            torch.manual_seed(seed)
+            tok,den = build(config)
+            den.target = target
+            train_arm(den, tok, data, config, images, seed, loss=by_bound and weighted_by_bound(den))
             draw = drawer(den, tok, data.shape, times(config, 25), config['guidance'])
             test = data.batch('test', Draws(seed, torch.arange(min(n, 256))))
             bits = bits_per_dim(den, test.x, tok(test.captions), Draws(seed, torch.arange(len(test.x))))

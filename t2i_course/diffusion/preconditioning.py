@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['wiener', 'features', 'pairs_of', 'solve_ridge', 'ridge', 'fit_colours', 'fit_shapes', 'fit_mean', 'ink_frame',
-           'group_of', 'fit_space', 'Guess', 'CaptionGaussian']
+           'group_of', 'fit_space', 'Guess', 'CaptionGaussian', 'word_groups', 'fit_skip']
 
-# %% ../../nbs/04_diffusion/34_preconditioning.ipynb #7608450c
+# %% ../../nbs/04_diffusion/34_preconditioning.ipynb #0a238351
 import math
 from typing import NamedTuple
 import torch
 from torch import Tensor
 from ..core.conditioning import Cond, PAD
+from ..core.data import Draws
 from .ddpm import Coefs
 
 # %% ../../nbs/04_diffusion/34_preconditioning.ipynb #2bbf81f6
@@ -249,3 +250,28 @@ class CaptionGaussian:
         ink = V.mT@(mu-mu.mean(2, keepdim=True))/s
         inputs = torch.cat([y/(co.alpha**2*s**2+co.sigma**2).sqrt(), out/s, ink], 1)
         return Guess((mu+V@out).view_as(x_t), c_out.view(-1,1,1,1), V, inputs.view(b, 3*c, h, w))
+
+# %% ../../nbs/04_diffusion/34_preconditioning.ipynb #af4f56a7
+def word_groups(
+    data,                                     # captioned pictures with attributes
+    names=('digit','weight','lean','label'),  # attributes that change the shape of the strokes
+)->list:                                      # lists of words
+    "Captions that differ in these words get spatial covariances of their own"
+    groups = [[w for w in data.attributes[k] if w in data.words] for k in names if k in data.attributes]
+    return [g for g in groups if g]
+
+# %% ../../nbs/04_diffusion/34_preconditioning.ipynb #57a71351
+def fit_skip(
+    den,           # a Denoiser with a skip, or without: then there is nothing to fit
+    data,          # captioned pictures
+    tok,           # captions -> Cond
+    images:int,    # training pictures to fit on
+    seed:int=1234, # which ones
+):                 # the Denoiser
+    "Fit the closed form; captions are dropped as in training, so that the empty caption has a Gaussian of its own"
+    if den.skip is None: return den
+    device,draws = next(den.net.parameters()).device,Draws(seed, torch.arange(images))
+    b = data.batch('train', draws)
+    cond = tok(b.captions).drop(draws.uniform('drop')>=den.p_drop, tok.null())
+    den.skip.fit(b.x.to(device), cond.ids.to(device))
+    return den
