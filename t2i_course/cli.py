@@ -13,7 +13,8 @@ from t2i_course.runs import (Stopped, config_hash, cut_log, follow, load_tensors
 from t2i_course.runs import resume as take_up
 
 RECIPES = dict(ddpm='t2i_course.diffusion.ddpm', flow_matching='t2i_course.flow.flow_matching')
-CHAPTERS = dict(metrics='t2i_course.core.metrics', **RECIPES)
+CHAPTERS = dict(metrics='t2i_course.core.metrics', **RECIPES) | {name:f't2i_course.diffusion.{name}' for name in
+           ('schedules','samplers','preconditioning','guidance','terminal_snr')}
 DATA = 'digits, painted, painted2, mnist, fashion, cifar10 or a folder'
 # the clock when neither --images nor --seconds is given
 IMAGES = dict(smoke=2_048, demo=100_000, full=100_000_000)
@@ -65,14 +66,14 @@ def command()->str:
     return ' '.join(['t2i', *sys.argv[1:]]) if Path(sys.argv[0]).name in ('t2i','cli.py') else 'python'
 
 # ---- train ----
-def settings(recipe, data, scale, seconds, images, seed, precision)->dict:
+def settings(recipe, data, scale, seconds, images, seed, precision, changes=None)->dict:
     "The config of a new run: everything needed to make the same model again"
     mod,ds = module(recipe),load(data)
-    more = {}
-    if recipe=='flow_matching': more = dict(groups=import_module('t2i_course.diffusion.preconditioning').word_groups(ds))
+    if hasattr(mod, 'recipe_for'): config = mod.recipe_for(ds, scale, seconds)
+    else: config = mod.recipe(ds.shape[0], ds.words, ds.size, scale)
     if images is None and seconds is None: images = IMAGES[scale]
     if precision=='auto': precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
-    return mod.recipe(ds.shape[0], ds.words, ds.size, scale, **more)|dict(
+    return config|(changes or {})|dict(
         data=str(Path(data).resolve()) if Path(data).is_dir() else data,
         source=ds.source, shape=list(ds.shape), scale=scale,
         images=images, seconds=seconds, seed=seed, precision=precision,
@@ -100,6 +101,7 @@ def train_run(
     precision='auto',      # auto, fp32, bf16 or fp16
     quiet=False,           # no progress bar
     save_every=20.,        # seconds between checkpoints
+    changes=None,          # entries of the recipe to replace in a new run
 )->Path:                   # the run folder
     "Train a recipe; leaves config.json, model.safetensors, checkpoint.safetensors and log.jsonl"
     if seconds and images: raise CourseError('give either --seconds or --images, not both')
@@ -119,7 +121,7 @@ def train_run(
                                   f'resume without --{name}, or train into another folder')
     else:
         if resume: say(f'{out} holds no run yet: starting from the beginning')
-        config = settings(recipe, data, scale or current_scale(), seconds, images, seed, precision)
+        config = settings(recipe, data, scale or current_scale(), seconds, images, seed, precision, changes)
         write_json(make_folder(out)/'config.json', config)
     fit_run(out, config, quiet, save_every)
     return out
@@ -232,13 +234,13 @@ class Model:
         guidance=None,  # scale; default the recipe's
     )->torch.Tensor:    # (n c h w) in [-1,1]
         "Pictures of captions; the noise of a picture depends on the seed and its place alone"
-        from t2i_course.diffusion.ddpm import drawer
+        from t2i_course.diffusion.ddpm import drawer, settings_of
         c = self.config
         steps = between(steps, 1, 1000, '--steps', whole=True) or c['sample_steps']
         guidance = c['guidance'] if guidance is None else between(guidance, 0, 50, '--guidance')
         low = torch.float16 if c['precision']=='fp16' else torch.bfloat16
-        draw = drawer(self.den, self.tok, c['shape'], self.module.times(c, steps), guidance, c['guide_above'],
-                      c['hold'], self.module.ETA)
+        settings = settings_of(dict(eta=self.module.ETA)|c)|dict(w=guidance)
+        draw = drawer(self.den, self.tok, c['shape'], self.module.times(c, steps), **settings)
         with torch.autocast(torch.device(self.device).type, low, enabled=c['precision']!='fp32'):
             return draw(captions, seed).clamp(-1, 1)
 
@@ -413,7 +415,7 @@ def run_chapter(
     path = result_file(out, name)
     res = (json.loads(path.read_text()) if path.exists() else {})|stamp(name, seeds)
     seconds = seconds or (3 if current_scale()=='smoke' else 60)
-    for data in dict(ddpm=['digits','painted'], flow_matching=['painted'])[name]:
+    for data in dict(ddpm=['digits','painted'], flow_matching=['painted']).get(name, []):
         put(res, f'row.{data}', measured_rows(name, data, seeds, seconds, Path('runs')/'rows'))
         write_json(path, res)
     for key,value in mod.experiments(current_scale(), seeds):
@@ -423,15 +425,22 @@ def run_chapter(
     print(f'wrote {path}')
 
 def bench(
-    data='painted',   # name of a data set
-    seconds=(60,180), # training times
-    seeds=(0,1),      # of the runs
-    out=None,         # file to write; default results/bench_DATA.json
+    what='painted',        # painted or digits
+    seconds=None,          # training times; painted: 60 180, digits: bench.BUDGETS
+    seeds=None,            # of the runs; painted: 0 1, digits: 0 1 2
+    peers=None,            # digits: which published recipes to run beside ours
+    out=None,              # file to write; default results/bench_WHAT.json
 ):
     "Quality against training time of the demo's recipe"
-    path,res = result_file(out, f'bench_{data}'),stamp('bench', seeds)
-    for s in seconds:
-        put(res, f'after_{s:g}s', measured_rows('flow_matching', data, seeds, s, Path('runs')/'rows'))
+    seeds = seeds or ((0,1) if what=='painted' else (0,1,2))
+    path,res = result_file(out, f'bench_{what}'),stamp('bench', seeds)
+    if what=='digits':
+        from t2i_course import bench as clock
+        budgets = dict.fromkeys(clock.BUDGETS, tuple(seconds)) if seconds else None
+        peers = clock.PEERS if peers is None else peers
+        return clock.digits(res, path, budgets, seeds, tuple(peers), say=say)
+    for s in seconds or (60,180):
+        put(res, f'after_{s:g}s', measured_rows('flow_matching', what, seeds, s, Path('runs')/'rows'))
         write_json(path, res)
     print(f'wrote {path}')
 
@@ -444,13 +453,13 @@ def found_rows(value):
     elif isinstance(value, list):
         for v in value: yield from found_rows(v)
 
-def report_line(name:str, r:dict)->str:
+def report_line(name:str, r:dict, date:str)->str:
     "A measured row as a line of the table"
     held = f"{100*r['heldout']['all']:.1f}%" if 'heldout' in r else '-'
     obeys = f"{100*r['obedience']['all']:.1f}%"
     far = f"{r['fd']/r['fd_floor']:.1f}" if 'fd' in r else '-'
-    return (f"{name:16} {r['recipe']:14} {r['data']:8} {r['train_seconds']:8.0f} {obeys:>6} {held:>8} "
-            f"{far:>8} {r['recall']:6.2f}  {r['date']}")
+    return (f"{name:16} {r['recipe'][:26]:26} {r['data'][:8]:8} {r['train_seconds']:8.0f} {obeys:>6} {held:>8} "
+            f"{far:>8} {r['recall']:6.2f}  {r.get('date', date)}")
 
 def report(
     folder=None, # default results/
@@ -459,11 +468,13 @@ def report(
     folder = Path(folder) if folder else results_path('x').parent
     table = []
     for f in sorted(folder.glob('*.json')):
-        try: table += [report_line(f.stem, r) for r in found_rows(json.loads(f.read_text(encoding='utf-8')))]
+        try:
+            found = json.loads(f.read_text(encoding='utf-8'))
+            table += [report_line(f.stem, r, found.get('date', '')) for r in found_rows(found)]
         except (ValueError, KeyError, TypeError) as e:
             say(f'skipped {f}, which t2i did not write ({type(e).__name__}: {e})')
     if not table: raise CourseError(f'{folder} holds no results: make some with t2i run flow_matching')
-    print(f"{'file':16} {'method':14} {'data':8} {'train s':>8} {'obeys':>6} {'held-out':>8} "
+    print(f"{'file':16} {'method':26} {'data':8} {'train s':>8} {'obeys':>6} {'held-out':>8} "
           f"{'FD/floor':>8} {'recall':>6}  date", *table, sep='\n')
 
 def doctor():
@@ -568,8 +579,8 @@ def cmd_run(a):
 
 def cmd_bench(a):
     "t2i bench"
-    for s in a.seconds: between(s, .1, 1e6, '--seconds')
-    bench(seconds=a.seconds, seeds=first_seeds(a.seeds), out=a.out)
+    for s in a.seconds or (): between(s, .1, 1e6, '--seconds')
+    bench(a.what, a.seconds, a.seeds and first_seeds(a.seeds), a.peers, a.out)
 
 class Parser(argparse.ArgumentParser):
     "An argument that cannot be read is one sentence too"
@@ -624,11 +635,12 @@ def add_rest(command):
     a('--n', type=int, default=1000, metavar='N', help='pictures (default 1000)')
     a('--seed', type=int, default=0, metavar='N', help='of every random number (default 0)')
     a('--out', required=True, metavar='FILE', help='file.npz')
-    a = command('bench', 'quality of painted digits against training time (results/bench_painted.json)',
-                cmd_bench)
-    a('--seconds', type=float, nargs='+', default=(60,180), metavar='N',
-      help='training times (default 60 180)')
-    a('--seeds', type=int, default=2, metavar='N', help='how many (default 2)')
+    a = command('bench', 'quality against training time (results/bench_painted.json, bench_digits.json)', cmd_bench)
+    a('what', nargs='?', choices=['painted','digits'], default='painted',
+      help='painted digits, or MNIST beside two published recipes (about an hour); default painted')
+    a('--seconds', type=float, nargs='+', metavar='N', help='training times (default painted 60 180, digits 2.5 to 240)')
+    a('--seeds', type=int, metavar='N', help='how many (default painted 2, digits 3)')
+    a('--peers', nargs='*', choices=['diffusers','torchcfm'], help='digits: which of the published recipes (default both)')
     a('--out', metavar='FILE', help='file to write')
     a = command('report', 'one table of all results', lambda a: report(a.folder))
     a('folder', nargs='?', help='default: results/')

@@ -6,14 +6,15 @@
 __all__ = ['SHIPPED', 'FIRST_USE', 'SEED', 'K', 'Judge', 'augment', 'judge_split', 'train_judge', 'class_accuracy', 'fingerprint',
            'save_judge', 'read_card', 'read_judge', 'weights_path', 'load_judge', 'judge_for', 'obeys', 'obedience',
            'shuffled', 'distinct', 'at_most', 'ceilings', 'moments', 'frechet', 'kid', 'precision_recall',
-           'glyph_space', 'pixel_space', 'nearest', 'nearest_rate', 'copy_space', 'protocol', 'reference', 'evaluate',
-           'make_judges']
+           'glyph_space', 'pixel_space', 'nearest', 'nearest_rate', 'broken_strokes', 'copy_space', 'protocol',
+           'reference', 'evaluate', 'make_judges']
 
-# %% ../../nbs/01_core/14_metrics.ipynb #683a7ef3
+# %% ../../nbs/01_core/14_metrics.ipynb #3782d0f3
 import hashlib, json, math, os, platform, time
 from datetime import date
 from importlib import resources
 from pathlib import Path
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -406,6 +407,18 @@ def nearest_rate(
 )->float:         # about 0.01 when nothing is copied
     "Share of pictures nearer to a training picture than 99 in 100 unseen real pictures are"
     return _below(nearest(x, train_x), nearest(unseen, train_x).quantile(.01))
+
+# %% ../../nbs/01_core/14_metrics.ipynb #2544637a
+def broken_strokes(
+    x:Tensor,         # (n 1 h w) digits in [-1,1], light on dark
+    grey:int=64,      # of 255: a pixel lighter than this is ink
+    least:int=4,      # pixels: smaller specks do not count
+)->float:             # 0..1
+    "Share of the digits that are not one connected stroke, diagonal neighbours being connected"
+    from scipy.ndimage import label
+    def pieces(picture): return (np.bincount(label(picture, np.ones((3, 3)))[0].ravel())[1:]>=least).sum()
+    ink = (x[:,0].detach().cpu().float()+1)*127.5>grey
+    return float(np.mean([pieces(p)!=1 for p in ink.numpy()]))
 
 # %% ../../nbs/01_core/14_metrics.ipynb #80259b61
 # ---- the protocol ----

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['SIZES', 'ETA', 'linear_betas', 'Coefs', 'VP', 'view', 'eps', 'x0', 'v', 'velocity', 'solve', 'fourier', 'ResBlock',
            'UNet', 'recipe', 'text_unet', 'uniform_times', 'Denoiser', 'build', 'step', 'sample', 'times', 'guided',
-           'drawer', 'vlb_weight', 'weighted', 'bits_per_dim', 'train_arm', 'weighted_by_bound', 'experiments']
+           'drawer', 'settings_of', 'vlb_weight', 'weighted', 'bits_per_dim', 'train_arm', 'weighted_by_bound',
+           'experiments']
 
-# %% ../../nbs/04_diffusion/30_ddpm.ipynb #b1cffd33
+# %% ../../nbs/04_diffusion/30_ddpm.ipynb #8d3b71db
 import math
 from functools import partial
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core.conditioning import Cond, Conditioned, TextEncoder, WordTokenizer, cat
+from ..core.conditioning import Cond, Conditioned, TextEncoder, WordBag, WordTokenizer, cat
 from ..core.data import Draws, load
 from ..core.ema import EMA
 from ..core.metrics import evaluate
@@ -120,9 +121,9 @@ class ResBlock(nn.Module):
         h = h*(1+scale)+shift
         return self.side(x)+self.conv2(F.silu(h))
 
-# %% ../../nbs/04_diffusion/30_ddpm.ipynb #0d5ed98d
+# %% ../../nbs/04_diffusion/30_ddpm.ipynb #7d0110af
 class UNet(nn.Module):
-    "The picture in 2x2 patches, residual blocks on the fine grid, more of them on the coarse grid, and back"
+    "The picture in patches, residual blocks on the fine grid, more of them on the coarse grid, and back"
     def __init__(self,
         channels:int=3,      # channels of the picture
         d_cond:int=96,       # width of cond.pooled
@@ -130,35 +131,36 @@ class UNet(nn.Module):
         depths=(1,2),        # blocks on the way down (and up) and on the coarse grid
         d_emb:int=128,       # width of the time-and-caption vector
         skip:bool=False,     # the closed-form guess comes as further input channels
+        patch:int=2,         # pixels on a side of a patch
     ):
         super().__init__()
-        a,b = widths
+        self.patch,(a,b) = patch,widths
         self.in_channels = channels*(3 if skip else 1)
         self.time = nn.Sequential(nn.Linear(32, d_emb), nn.SiLU(), nn.Linear(d_emb, d_emb))
         self.cond = nn.Linear(d_cond, d_emb)
-        self.stem = nn.Conv2d(4*self.in_channels, a, 3, padding=1)
+        self.stem = nn.Conv2d(patch**2*self.in_channels, a, 3, padding=1)
         self.down = nn.ModuleList(ResBlock(a, a, d_emb) for _ in range(depths[0]))
         self.pool = nn.Conv2d(a, b, 3, stride=2, padding=1)
         self.middle = nn.ModuleList(ResBlock(b, b, d_emb) for _ in range(depths[1]))
         self.lift = nn.Conv2d(b, 4*a, 1)
         self.up = nn.ModuleList(ResBlock(2*a if i==0 else a, a, d_emb) for i in range(depths[0]))
-        self.head = nn.Conv2d(a, 4*channels, 3, padding=1)
+        self.head = nn.Conv2d(a, patch**2*channels, 3, padding=1)
         nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)
     def forward(self,
-        x_t:Tensor, # (b in_channels h w), h and w multiples of 4
+        x_t:Tensor, # (b in_channels h w), h and w multiples of 2 patch
         t:Tensor,   # (b) time
         cond:Cond,  # pooled (b d_cond) is read
     )->Tensor:      # (b channels h w)
         emb = F.silu(self.time(fourier(t))+self.cond(cond.pooled))
-        x = self.stem(F.pixel_unshuffle(x_t, 2).contiguous(memory_format=torch.channels_last))
+        x = self.stem(F.pixel_unshuffle(x_t, self.patch).contiguous(memory_format=torch.channels_last))
         for block in self.down: x = block(x, emb)
         h = self.pool(x)
         for block in self.middle: h = block(h, emb)
         x = torch.cat([x, F.pixel_shuffle(self.lift(h), 2)], 1)
         for block in self.up: x = block(x, emb)
-        return F.pixel_shuffle(self.head(F.silu(x)), 2)
+        return F.pixel_shuffle(self.head(F.silu(x)), self.patch)
 
-# %% ../../nbs/04_diffusion/30_ddpm.ipynb #cebbc65d
+# %% ../../nbs/04_diffusion/30_ddpm.ipynb #386edb65
 # ---- the recipe ----
 SIZES = dict( # one row a scale: what the network is made of
     smoke=dict(widths=(16,32), depths=(1,1), d_emb=64,  dim=32,  n_layers=1, batch=32, rank=32, fit_images=2048),
@@ -174,15 +176,16 @@ def recipe(
 )->dict:               # JSON values
     "Everything `build` needs to make the same model again"
     return dict(recipe='ddpm', channels=channels, words=list(words), max_len=max_len, n_steps=1000, lr=4e-3, p_drop=.1,
-                half_life=500_000, sample_steps=50, guidance=2., guide_above=0., hold=False, **SIZES[scale])
+                half_life=500_000, sample_steps=50, guidance=2., guide_above=0., hold=False, eta=ETA, **SIZES[scale])
 
 def text_unet(
     config:dict,     # as from `recipe`
     skip:bool=False, # inputs come from a closed-form skip
 )->tuple:            # tokenizer, network
-    "A word-level text encoder and a U-Net as one network"
+    "A word-level text encoder (with 0 layers: a bag of words) and a U-Net as one network"
     tok = WordTokenizer(config['words'], config['max_len'])
-    enc = TextEncoder(len(tok), config['max_len'], config['dim'], config['n_layers'])
+    layers,dim = config['n_layers'],config['dim']
+    enc = TextEncoder(len(tok), config['max_len'], dim, layers) if layers else WordBag(len(tok), dim)
     unet = UNet(config['channels'], config['dim'], config['widths'], config['depths'], config['d_emb'], skip)
     return tok,Conditioned(enc, unet)
 
@@ -193,7 +196,7 @@ def uniform_times(draws:Draws)->Tensor: # (b) in (0,1)
     g = (draws.index.double()*0.6180339887498949+off)%1
     return g.float().clamp(1e-5, 1-1e-5).to(draws.device)
 
-# %% ../../nbs/04_diffusion/30_ddpm.ipynb #b38bd603
+# %% ../../nbs/04_diffusion/30_ddpm.ipynb #b2646a3d
 class Denoiser:
     "Loss and its inverse together, so that they cannot drift apart. A plain object: the network is what gets wrapped"
     def __init__(self,
@@ -235,12 +238,14 @@ class Denoiser:
         x_t:Tensor, # (b c h w) noised pictures
         t:Tensor,   # (b) time
         cond:Cond,  # (b)
+        boost:float=1., # with a skip: how far to go where the network points, 1 = as far as it says
     )->tuple:       # x0_hat, eps_hat, each (b c h w)
         "What the network believes the clean picture and the noise are"
         c = self.coefs(t, x_t)
         if self.skip is None: return solve(c, *self.target(c), x_t, self.net(x_t, t, cond).float())
         g = self.skip(x_t, t, cond)
-        x0_hat = g.x0_hat+g.c_out*torch.einsum('bij,bjhw->bihw', g.frame, self.net(g.inputs, t, cond).float())
+        left = torch.einsum('bij,bjhw->bihw', g.frame, self.net(g.inputs, t, cond).float())
+        x0_hat = g.x0_hat+boost*g.c_out*left
         return x0_hat,(x_t-c.alpha*x0_hat)/c.sigma.clamp_min(1e-4)
 
 # %% ../../nbs/04_diffusion/30_ddpm.ipynb #174e15df
@@ -251,7 +256,7 @@ def build(
     tok,net = text_unet(config)
     return tok,Denoiser(net, VP(linear_betas(config['n_steps'])), eps, null=tok.null(), p_drop=config['p_drop'])
 
-# %% ../../nbs/04_diffusion/30_ddpm.ipynb #81c67d30
+# %% ../../nbs/04_diffusion/30_ddpm.ipynb #cf703baf
 def step(
     t:Coefs,      # where we are
     s:Coefs,      # where we go, s < t
@@ -262,9 +267,8 @@ def step(
     large:bool=False, # add noise of variance beta, the larger of DDPM's two; the mean stays
 )->Tensor:        # (b ...) x_s
     "Go to the predicted clean picture and noise it again to time s (Song et al. 2021, eq. 12 and 16)"
-    beta = 1-(t.alpha/s.alpha)**2
-    var = (eta**2*(s.sigma/t.sigma)**2*beta).clamp_min(0)
-    fresh = beta*(s.sigma>0) if large else var # the last step adds nothing
+    var = ((eta*s.sigma)**2*(1-(t.alpha*s.sigma/(t.sigma*s.alpha))**2)).clamp_min(0)
+    fresh = (1-(t.alpha/s.alpha)**2)*(s.sigma>0) if large else var # beta; the last step adds nothing
     return s.alpha*x0+(s.sigma**2-var).clamp_min(0).sqrt()*eps+fresh.sqrt()*noise
 
 # %% ../../nbs/04_diffusion/30_ddpm.ipynb #10b84ee7
@@ -300,26 +304,29 @@ def times(
 
 ETA = 1. # DDPM draws fresh noise at every step
 
-# %% ../../nbs/04_diffusion/30_ddpm.ipynb #1a0955ea
+# %% ../../nbs/04_diffusion/30_ddpm.ipynb #57a8990e
 def guided(
-    den,           # a Denoiser
-    cond:Cond,     # (b) what is wanted
-    w:float=1.,    # guidance scale; 1 = none
-    above:float=0.,# guide only while t is above this
+    den,            # a Denoiser
+    cond:Cond,      # (b) what is wanted
+    w:float=1.,     # guidance scale; 1 = none
+    above:float=0., # guide and boost only while t is above this
     hold:bool=False,# keep the guided picture inside the range of the unguided one, channel by channel
-)->object:         # predict(x_t, t) -> x0_hat, eps_hat
+    below:float=1., # guide only while t is at most this
+    boost:float=1., # with a skip: see `Denoiser.predict`
+)->object:          # predict(x_t, t) -> x0_hat, eps_hat
     "Classifier-free guidance, u + w (c - u): Stable Diffusion's w, one larger than in Ho and Salimans 2022, eq. 6"
     null = den.null.map(lambda f: f.expand(len(cond), *f.shape[1:]))
     both = cat(cond, null)
     def predict(x_t, t):
-        if w==1 or t[0]<=above: return den.predict(x_t, t, cond)
-        (xc,xu),(ec,eu) = (o.chunk(2) for o in den.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both))
+        far = boost if t[0]>above else 1.
+        if w==1 or not above<t[0]<=below: return den.predict(x_t, t, cond, far)
+        (xc,xu),(ec,eu) = (o.chunk(2) for o in den.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both, far))
         x0,eps = xu+w*(xc-xu),eu+w*(ec-eu)
         if hold: x0 = x0.clamp(xc.amin((2,3), keepdim=True), xc.amax((2,3), keepdim=True))
         return x0,eps
     return predict
 
-# %% ../../nbs/04_diffusion/30_ddpm.ipynb #e7d22e1f
+# %% ../../nbs/04_diffusion/30_ddpm.ipynb #ef14accf
 def drawer(
     den:Denoiser,     # a trained one
     tok,              # captions -> Cond
@@ -328,6 +335,8 @@ def drawer(
     w:float=1.,       # guidance scale; 1 = none
     above:float=0.,   # guide only while t is above this
     hold:bool=False,  # see `guided`
+    below:float=1.,   # see `guided`
+    boost:float=1.,   # see `guided`
     eta:float=ETA,    # share of fresh noise
     large:bool=False, # variance beta, see `step`
     batch:int=250,    # pictures at once
@@ -343,11 +352,19 @@ def drawer(
             draws = Draws(seed, part, device)
             c = den.process.coefs(torch.as_tensor(ts[:1], dtype=torch.float32, device=device))
             start = draws.normal('start', *shape)*(c.alpha**2+c.sigma**2).sqrt() # what data of variance 1 would be there
-            predict = guide(den, cond) if guide else guided(den, cond, w, above, hold)
+            predict = guide(den, cond) if guide else guided(den, cond, w, above, hold, below, boost)
             *_,x = walk(predict, den.process, start, ts, draws=draws)
             out.append(x.float().cpu())
         return torch.cat(out)
     return draw
+
+# %% ../../nbs/04_diffusion/30_ddpm.ipynb #6d9020da
+def settings_of(
+    config:dict, # as from `recipe`
+)->dict:         # keyword arguments of `drawer`
+    "How a recipe draws"
+    return dict(w=config['guidance'], above=config['guide_above'], hold=config['hold'],
+                below=config.get('guide_below', 1.), boost=config.get('boost', 1.), eta=config['eta'])
 
 # %% ../../nbs/04_diffusion/30_ddpm.ipynb #351d274d
 def vlb_weight(
