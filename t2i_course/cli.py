@@ -447,7 +447,7 @@ def bench(
 def found_rows(value):
     "Every measured row inside a result"
     if isinstance(value, dict):
-        if 'obedience' in value and 'recipe' in value: yield value
+        if {'obedience','recipe'}<=value.keys() or {'accuracy','method'}<=value.keys(): yield value
         else:
             for v in value.values(): yield from found_rows(v)
     elif isinstance(value, list):
@@ -456,9 +456,10 @@ def found_rows(value):
 def report_line(name:str, r:dict, date:str)->str:
     "A measured row as a line of the table"
     held = f"{100*r['heldout']['all']:.1f}%" if 'heldout' in r else '-'
-    obeys = f"{100*r['obedience']['all']:.1f}%"
-    far = f"{r['fd']/r['fd_floor']:.1f}" if 'fd' in r else '-'
-    return (f"{name:16} {r['recipe'][:26]:26} {r['data'][:8]:8} {r['train_seconds']:8.0f} {obeys:>6} {held:>8} "
+    obeys = f"{100*(r['obedience']['all'] if 'obedience' in r else r['accuracy']):.1f}%"
+    floors = r['fd_floors'] if 'fd_floors' in r else r['fd']/r['fd_floor'] if 'fd' in r else None
+    far,method = f'{floors:.1f}' if floors is not None else '-',r.get('recipe') or r['method']
+    return (f"{name:16} {method[:26]:26} {r['data'][:8]:8} {r['train_seconds']:8.0f} {obeys:>6} {held:>8} "
             f"{far:>8} {r['recall']:6.2f}  {r.get('date', date)}")
 
 def report(

@@ -76,12 +76,12 @@ def build(
     times = logit_normal(config['t_mean'], config['t_std'])
     return tok,Denoiser(net, path, velocity, skip, times, tok.null(), config['p_drop'])
 
-# %% ../../nbs/06_flow/60_flow_matching.ipynb #422e86d3
+# %% ../../nbs/06_flow/60_flow_matching.ipynb #e0921a05
 # pictures with one label each: a bag of words says all there is to say, and one term makes the mean of a label
 LABELS = dict(n_layers=0, n_terms=1, sample_steps=24, guidance=2.1, guide_below=.85, boost=1.7, eta=.8)
 
 # runs of a few seconds: a small network that takes many steps
-QUICK = dict(widths=(32,64), batch=32, fit_images=4096, sample_steps=16, guidance=2.25, guide_below=.9, eta=.5)
+QUICK = dict(widths=(32,64), batch=32, fit_images=4096, sample_steps=16, guidance=1.6, guide_below=1., boost=1.4, eta=0.)
 
 def recipe_for(
     data,               # captioned pictures
@@ -193,18 +193,19 @@ def controls(
                     row = measure(den, tok, data, judge, n, seed, held=n//2, above=.2, **how)
                     yield f'ways.{name}.{way}.{seed}',row|about
 
-# %% ../../nbs/06_flow/60_flow_matching.ipynb #c24e5c5f
+# %% ../../nbs/06_flow/60_flow_matching.ipynb #7c49681b
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # of weights, data and start noise
 ):                    # yields ('key.path', value)
     "Paths at few steps, densities of t, what skip, frame and guidance interval are worth"
     s,data = SWEEP[scale],Painted()
-    config = recipe(3, data.words, scale=scale, groups=word_groups(data))|dict(t_mean=-.3, t_std=1.4) # where every arm starts
+    config = recipe(3, data.words, scale=scale, groups=word_groups(data))
+    config |= dict(t_mean=-.3, t_std=1.4, pairs_in_groups=False) # where every arm starts
     judge,precision = load_judge('painted'),'bf16' if bf16_pays(pick_device()) else 'fp32'
     tok,den = build(config)
     tables = fit_skip(den, data, tok, config['fit_images']).skip.tables
-    yield 'setting',dict(images=s['images'], n=s['n'], steps=config['sample_steps'], precision=precision,
+    yield 'setting',dict(images=s['images'], n=s['n'], steps=config['sample_steps'], precision=precision, pairs_in_groups=False,
                          seeds=list(seeds), fd_floor=reference(data, judge, s['n'])['fd_floor'])
     yield 'nfe',list(s['nfe'])
     yield 'guidance',[list(g) for g in s['guidance']]
