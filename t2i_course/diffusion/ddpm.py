@@ -160,7 +160,7 @@ class UNet(nn.Module):
         for block in self.up: x = block(x, emb)
         return F.pixel_shuffle(self.head(F.silu(x)), self.patch)
 
-# %% ../../nbs/04_diffusion/30_ddpm.ipynb #386edb65
+# %% ../../nbs/04_diffusion/30_ddpm.ipynb #5a12ad40
 # ---- the recipe ----
 SIZES = dict( # one row a scale: what the network is made of
     smoke=dict(widths=(16,32), depths=(1,1), d_emb=64,  dim=32,  n_layers=1, batch=32, rank=32, fit_images=2048),
@@ -176,7 +176,7 @@ def recipe(
 )->dict:               # JSON values
     "Everything `build` needs to make the same model again"
     return dict(recipe='ddpm', channels=channels, words=list(words), max_len=max_len, n_steps=1000, lr=4e-3, p_drop=.1,
-                half_life=500_000, sample_steps=50, guidance=2., guide_above=0., hold=False, eta=ETA, **SIZES[scale])
+                half_life=500_000, sample_steps=50, guidance=2., guide_above=0., hold=False, eta=1., **SIZES[scale])
 
 def text_unet(
     config:dict,     # as from `recipe`
