@@ -6,15 +6,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from t2i_course.core.data import CourseError, Draws, load, results_path, scale as current_scale
-from t2i_course.core.ema import EMA
-from t2i_course.core.training import State, bf16_pays, feed, pick_device, train
+from t2i_course.core.ema import state_for
+from t2i_course.core.training import bf16_pays, feed, pick_device, train
 from t2i_course.runs import (Stopped, config_hash, cut_log, follow, load_tensors, read_config, save_tensors,
                              write_json, write_whole)
 from t2i_course.runs import resume as take_up
 
-RECIPES = dict(ddpm='t2i_course.diffusion.ddpm', flow_matching='t2i_course.flow.flow_matching')
-CHAPTERS = dict(metrics='t2i_course.core.metrics', **RECIPES) | {name:f't2i_course.diffusion.{name}' for name in
-           ('schedules','samplers','preconditioning','guidance','terminal_snr')}
+def at(part, *names)->dict: return {name:f't2i_course.{part}.{name}' for name in names}
+
+RECIPES = (dict(gan='t2i_course.gan.adversarial') | at('gan', 'stylegan2', 'biggan', 'text_gan')
+           | at('codec', 'vae', 'vqvae', 'vqvae2', 'dvae') | at('diffusion', 'ddpm') | at('flow', 'flow_matching')
+           | at('ar', 'pixelcnn', 'dalle', 'parti', 'cm3leon'))
+CHAPTERS = ({RECIPES[k].split('.')[-1]:RECIPES[k] for k in RECIPES} | at('core', 'metrics')
+            | at('diffusion', 'schedules', 'samplers', 'preconditioning', 'guidance', 'terminal_snr')
+            | at('capstone', 'report_card'))
 DATA = 'digits, painted, painted2, mnist, fashion, cifar10 or a folder'
 # the clock when neither --images nor --seconds is given
 IMAGES = dict(smoke=2_048, demo=100_000, full=100_000_000)
@@ -25,6 +30,11 @@ PROMPTS = ['a bold red seven leaning left on pink', 'a thin green three on black
            # from here on: pairs of digit and ink never trained on
            'a bold blue zero on white', 'a bold green eight on pink',
            'a red six leaning left on black', 'a bold purple seven on white']
+
+# options of t2i sample: lowest value, highest value, a whole number?
+OPTIONS = dict(steps=(1,1000,True), guidance=(0,50,False), temperature=(0,10,False), truncation=(0,10,False),
+               candidates=(1,1000,True))
+KEYS = dict(steps='sample_steps') # where the config calls an option by another name
 
 def say(text=''):
     "A line on standard error"
@@ -133,7 +143,7 @@ def fit_run(out:Path, config:dict, quiet:bool=False, save_every:float=20.):
     torch.manual_seed(config['seed'])
     tok,den = module(config['recipe']).build(config)
     den.net.to(device); den.to(device)
-    state = State(den.net, config['lr'], EMA(den.net, config['half_life']), precision=config['precision'])
+    state = state_for(den, config, config['precision'])
     saved = take_up(state, out, config)
     if saved is not None:
         if finished(out, state, config):
@@ -141,7 +151,7 @@ def fit_run(out:Path, config:dict, quiet:bool=False, save_every:float=20.):
         say(f'going on at {state.images:,} images')
     cut_log(out, state.step)
     head_start(state, ds, tok, den, config, saved)
-    tables = den.skip.tables if den.skip is not None else {}
+    tables = den.skip.tables if getattr(den, 'skip', None) is not None else {}
     records = train(state, den.loss, feed(ds, tok), images=config['images'], seconds=config['seconds'],
                     batch=config['batch'], seed=config['seed'])
     bar = progress_bar(state, config, quiet)
@@ -150,7 +160,7 @@ def fit_run(out:Path, config:dict, quiet:bool=False, save_every:float=20.):
             bar(r)
             if r.step%20==0: print(log_line(r), file=log, flush=True)
     bar(None)
-    write_model(out, state, tables, config)
+    write_model(out, state, tables, config, getattr(den, 'artist', den.net))
 
 def finished(out:Path, state, config:dict)->bool:
     "Is the model of a run written and whole, and its budget used?"
@@ -164,7 +174,7 @@ def finished(out:Path, state, config:dict)->bool:
 
 def head_start(state, ds, tok, den, config:dict, saved:dict):
     "Fit the closed-form skip, or take it from the checkpoint; its time counts as training"
-    if den.skip is None: return
+    if getattr(den, 'skip', None) is None: return
     if saved:
         den.skip.tables = {k:v.to(state.device) for k,v in saved.items()}
         return
@@ -177,11 +187,11 @@ def log_line(r)->str:
     "A record as a line of log.jsonl"
     return json.dumps(dict(step=r.step, images=r.images, seconds=round(r.seconds, 2), loss=round(r.loss, 5)))
 
-def write_model(out:Path, state, tables:dict, config:dict):
+def write_model(out:Path, state, tables:dict, config:dict, artist):
     "The averaged weights last: where model.safetensors is, the run is complete"
-    params = sum(p.numel() for p in state.net.parameters())
+    params,trained = (sum(p.numel() for p in m.parameters()) for m in (artist, state.net)) # a GAN draws with half of it
     write_json(out/'train.json', dict(images=state.images, seconds=state.seconds, steps=state.step,
-                                      params=params, date=str(date.today())))
+                                      params=params, params_trained=trained, date=str(date.today())))
     tensors = {f'net.{k}':v for k,v in state.ema.shadow.items()}
     tensors |= {f'skip.{k}':v for k,v in tables.items()}
     save_tensors(out/'model.safetensors', tensors, config=config_hash(config))
@@ -224,7 +234,7 @@ class Model:
         own = lambda p: {k[len(p):]:v for k,v in tensors.items() if k.startswith(p)}
         self.den.net.load_state_dict(own('net.'))
         self.den.net.to(self.device).eval()
-        if self.den.skip is not None: self.den.skip.tables = own('skip.')
+        if getattr(self.den, 'skip', None) is not None: self.den.skip.tables = own('skip.')
         self.den.to(self.device)
 
     def draw(self,
@@ -232,17 +242,24 @@ class Model:
         seed=0,         # of the noise
         steps=None,     # network evaluations; default the recipe's
         guidance=None,  # scale; default the recipe's
+        **others,       # further options of the recipe, see OPTIONS
     )->torch.Tensor:    # (n c h w) in [-1,1]
         "Pictures of captions; the noise of a picture depends on the seed and its place alone"
-        from t2i_course.diffusion.ddpm import drawer, settings_of
-        c = self.config
-        steps = between(steps, 1, 1000, '--steps', whole=True) or c['sample_steps']
-        guidance = c['guidance'] if guidance is None else between(guidance, 0, 50, '--guidance')
+        c,given = self.config,dict(others, steps=steps, guidance=guidance)
+        c = c|{KEYS.get(k, k):v for k,v in self.asked(given).items()}
         low = torch.float16 if c['precision']=='fp16' else torch.bfloat16
-        settings = settings_of(dict(eta=self.module.ETA)|c)|dict(w=guidance)
-        draw = drawer(self.den, self.tok, c['shape'], self.module.times(c, steps), **settings)
+        draw = self.den.painter(self.tok, c)
         with torch.autocast(torch.device(self.device).type, low, enabled=c['precision']!='fp32'):
             return draw(captions, seed).clamp(-1, 1)
+
+    def asked(self,
+        given:dict, # option -> value, None where it was not given
+    )->dict:        # those that this recipe has a use for
+        "Check the ranges; say which options are left aside"
+        given = {k:between(v, *OPTIONS[k][:2], f'--{k.replace("_", "-")}', whole=OPTIONS[k][2]) for k,v in given.items() if v is not None}
+        idle = [f'--{k.replace("_", "-")}' for k in given if k not in self.den.options]
+        if idle: say(f"{self.config['recipe']} has no use for {', '.join(idle)}: left aside")
+        return {k:v for k,v in given.items() if k in self.den.options}
 
 def to_bytes(
     x, # (n c h w) in [-1,1]
@@ -257,6 +274,7 @@ def sample_run(
     steps=None,     # sampler steps; default the recipe's
     guidance=None,  # scale; default the recipe's
     seed=0,         # of the noise
+    **others,       # further options, see OPTIONS
 )->tuple:           # images uint8 (n h w c), captions
     "Draw captions with a trained run; says what the model could not read"
     between(per_caption, 1, 10_000, '--per-caption', whole=True)
@@ -266,7 +284,7 @@ def sample_run(
         for note in m.tok.notes(c): say(note)
         if not c.strip(): say('an empty caption: drawn without condition')
     texts = [c for c in captions for _ in range(per_caption)]
-    return to_bytes(m.draw(texts, seed, steps, guidance)),texts
+    return to_bytes(m.draw(texts, seed, steps, guidance, **others)),texts
 
 def eval_run(
     run,          # run folder
@@ -279,9 +297,9 @@ def eval_run(
     m = Model(run)
     c,t = m.config,json.loads((m.run/'train.json').read_text())
     row = evaluate(m.draw, load(c['data']), n=n, seed=seed)|dict(
-        recipe=c['recipe'], params=t['params'],
+        recipe=c['recipe'], params=t['params'], params_trained=t.get('params_trained', t['params']),
         images=t['images'], train_seconds=t['seconds'], steps=t['steps'], train_seed=c['seed'],
-        nfe=c['sample_steps']*(2 if c['guidance']!=1 else 1), guidance=c['guidance'],
+        nfe=m.den.calls(c), **{k:c[KEYS.get(k, k)] for k in m.den.options if k!='steps'},
         precision_mode=c['precision'], source=c['source'], hardware=hardware(), versions=versions(),
         date=str(date.today()), command=command())
     write_json(m.run/'metrics.json', row)
@@ -535,13 +553,13 @@ def cmd_sample(a):
         raise CourseError('say what to draw: either --prompt TEXT ... or --captions FILE')
     ext = Path(a.out).suffix.lower()
     if ext not in ('.png','.npz'): raise CourseError(f"--out must end in .png or .npz; got '{a.out}'")
-    between(a.guidance, 0, 50, '--guidance')
-    between(a.steps, 1, 1000, '--steps', whole=True)
     between(a.per_caption, 1, 10_000, '--per-caption', whole=True)
     captions = a.prompt if a.prompt is not None else read_captions(a.captions)
+    options = {k:getattr(a, k) for k in OPTIONS}
+    for k,v in options.items(): between(v, *OPTIONS[k][:2], f'--{k}', whole=OPTIONS[k][2])
     model = Model(a.run)
     make_folder(Path(a.out).parent)
-    x,texts = sample_run(model, captions, a.per_caption, a.steps, a.guidance, a.seed)
+    x,texts = sample_run(model, captions, a.per_caption, seed=a.seed, **options)
     if ext=='.png': write_sheet(a.out, x, texts)
     else: write_npz(a.out, images=x, captions=np.array(texts, dtype=f'U{max(1, max(map(len, texts)))}'))
     print(f"wrote {len(texts)} picture{'s'*(len(texts)!=1)} to {a.out}")
@@ -615,6 +633,9 @@ def add_sample(command):
     a('--per-caption', type=int, default=1, metavar='N', help='pictures of each caption (default 1)')
     a('--steps', type=int, metavar='N', help="sampler steps (default the recipe's)")
     a('--guidance', type=float, metavar='W', help="guidance scale; 1 = none (default the recipe's)")
+    a('--temperature', type=float, metavar='X', help='autoregressive recipes: of the softmax over codes')
+    a('--candidates', type=int, metavar='N', help='autoregressive recipes: draw N, keep the one that fits best')
+    a('--truncation', type=float, metavar='X', help='GAN recipes: how far from the mean latents may lie')
     a('--seed', type=int, default=0, metavar='N', help='of the noise (default 0)')
     a('--out', required=True, metavar='FILE',
       help='picture.png (a labelled sheet) or pictures.npz (images, captions)')

@@ -126,7 +126,7 @@ def test_first_step_is_the_one_written_by_hand():
 
 def test_clipping_bounds_what_the_optimizer_sees():
     state = fresh()
-    state.opt = torch.optim.SGD(state.net.parameters(), 1.)
+    state.opts[""] = torch.optim.SGD(state.net.parameters(), 1.)
     state.lr = 1.
     before = torch.cat([p.detach().flatten().clone() for p in state.net.parameters()])
     [record] = go(state, images=16, clip=.01, schedule=lambda f: 1.)

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['PAD', 'START', 'UNKNOWN', 'Cond', 'raw_cond', 'cat', 'LabelEmbedder', 'WordTokenizer', 'WordBag', 'Block',
-           'TextEncoder', 'Conditioned']
+           'TextEncoder', 'Conditioned', 'drawn_from']
 
-# %% ../../nbs/01_core/11_conditioning.ipynb #6e045251
+# %% ../../nbs/01_core/11_conditioning.ipynb #09dd87ff
 from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from .data import split_words
+from .data import Draws, split_words
 
 # %% ../../nbs/01_core/11_conditioning.ipynb #04577760
 @dataclass
@@ -190,3 +190,18 @@ class Conditioned(nn.Module):
     )->Tensor:      # (b c h w)
         "Encode, then predict"
         return self.net(x_t, t, self.encoder(cond))
+
+# %% ../../nbs/01_core/11_conditioning.ipynb #83326aa1
+def drawn_from(
+    paint,        # paint(cond, draws) -> (b c h w): pictures of one batch
+    tok,          # captions -> Cond
+    device='cpu', # where the network is
+    batch:int=250,# pictures at once
+):                # draw(captions, seed) -> (n c h w) on the CPU
+    "Captions in, pictures out, batch by batch; the random numbers of a picture depend on the seed and its place alone"
+    @torch.no_grad()
+    def draw(captions, seed=0):
+        parts = torch.arange(len(captions)).split(batch)
+        return torch.cat([paint(tok([captions[i] for i in part]).to(device), Draws(seed, part, device)).float().cpu()
+                          for part in parts])
+    return draw

@@ -139,7 +139,7 @@ def class_accuracy(
     read = judge.read(x)[attribute or next(iter(judge.attributes))]
     return (read==labels.cpu()).double().mean().item()
 
-# %% ../../nbs/01_core/14_metrics.ipynb #0c3c0e0b
+# %% ../../nbs/01_core/14_metrics.ipynb #105dfbdc
 # ---- weights on disk ----
 def fingerprint(
     judge:Judge, # any judge
@@ -197,6 +197,7 @@ def read_judge(
     return judge.eval().requires_grad_(False)
 
 SHIPPED = dict(painted=dict(steps=2400, width=1.25),
+               painted2=dict(steps=2400, width=.75),
                digits=dict(steps=1500, width=.4),
                mnist=dict(steps=1500, width=.75))
 

@@ -5,21 +5,19 @@
 # %% auto #0
 __all__ = ['SIZES', 'ETA', 'linear_betas', 'Coefs', 'VP', 'view', 'eps', 'x0', 'v', 'velocity', 'solve', 'fourier', 'ResBlock',
            'UNet', 'recipe', 'text_unet', 'uniform_times', 'Denoiser', 'build', 'step', 'sample', 'times', 'guided',
-           'drawer', 'settings_of', 'vlb_weight', 'weighted', 'bits_per_dim', 'train_arm', 'weighted_by_bound',
-           'experiments']
+           'drawer', 'settings_of', 'vlb_weight', 'weighted', 'bits_per_dim', 'weighted_by_bound', 'experiments']
 
-# %% ../../nbs/04_diffusion/30_ddpm.ipynb #8d3b71db
+# %% ../../nbs/04_diffusion/30_ddpm.ipynb #3008e3c5
 import math
 from functools import partial
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core.conditioning import Cond, Conditioned, TextEncoder, WordBag, WordTokenizer, cat
+from ..core.conditioning import Cond, Conditioned, TextEncoder, WordBag, WordTokenizer, cat, drawn_from
 from ..core.data import Draws, load
-from ..core.ema import EMA
+from ..core.ema import train_arm
 from ..core.metrics import evaluate
-from ..core.training import State, feed, pick_device, train
 
 # %% ../../nbs/04_diffusion/30_ddpm.ipynb #8d5ee1bb
 def linear_betas(
@@ -196,7 +194,7 @@ def uniform_times(draws:Draws)->Tensor: # (b) in (0,1)
     g = (draws.index.double()*0.6180339887498949+off)%1
     return g.float().clamp(1e-5, 1-1e-5).to(draws.device)
 
-# %% ../../nbs/04_diffusion/30_ddpm.ipynb #b2646a3d
+# %% ../../nbs/04_diffusion/30_ddpm.ipynb #c056c8a9
 class Denoiser:
     "Loss and its inverse together, so that they cannot drift apart. A plain object: the network is what gets wrapped"
     def __init__(self,
@@ -210,6 +208,16 @@ class Denoiser:
     ):
         self.net,self.process,self.target,self.skip = net,process,target,skip
         self.times,self.null,self.p_drop = times,null,p_drop
+
+    options = ('steps','guidance') # what `t2i sample` may change
+    def calls(self, config:dict)->int: # network calls for one picture
+        return config['sample_steps']*(2 if config['guidance']!=1 else 1)
+    def painter(self,
+        tok,         # captions -> Cond
+        config:dict, # as from `recipe`, and the shape of a picture
+    )->object:       # draw(captions, seed) -> (n c h w)
+        "Captions to pictures as the recipe draws them"
+        return drawer(self, tok, config['shape'], times(config, config['sample_steps']), **settings_of(config))
 
     def coefs(self, t, x): return Coefs(*(view(u, x) for u in self.process.coefs(t)))
     def to(self, device):
@@ -326,7 +334,7 @@ def guided(
         return x0,eps
     return predict
 
-# %% ../../nbs/04_diffusion/30_ddpm.ipynb #ef14accf
+# %% ../../nbs/04_diffusion/30_ddpm.ipynb #0ae465c6
 def drawer(
     den:Denoiser,     # a trained one
     tok,              # captions -> Cond
@@ -345,18 +353,13 @@ def drawer(
 ):                    # draw(captions, seed) -> (n c h w)
     "Captions in, pictures out; the noise of a picture depends on the seed and its place alone"
     walk = sampler or partial(sample, eta=eta, large=large)
-    def draw(captions, seed=0):
-        out,device = [],next(den.net.parameters()).device
-        for part in torch.arange(len(captions)).split(batch):
-            cond = tok([captions[i] for i in part]).to(device)
-            draws = Draws(seed, part, device)
-            c = den.process.coefs(torch.as_tensor(ts[:1], dtype=torch.float32, device=device))
-            start = draws.normal('start', *shape)*(c.alpha**2+c.sigma**2).sqrt() # what data of variance 1 would be there
-            predict = guide(den, cond) if guide else guided(den, cond, w, above, hold, below, boost)
-            *_,x = walk(predict, den.process, start, ts, draws=draws)
-            out.append(x.float().cpu())
-        return torch.cat(out)
-    return draw
+    def paint(cond, draws):
+        c = den.process.coefs(torch.as_tensor(ts[:1], dtype=torch.float32, device=draws.device))
+        start = draws.normal('start', *shape)*(c.alpha**2+c.sigma**2).sqrt() # what data of variance 1 would be there
+        predict = guide(den, cond) if guide else guided(den, cond, w, above, hold, below, boost)
+        *_,x = walk(predict, den.process, start, ts, draws=draws)
+        return x
+    return drawn_from(paint, tok, next(den.net.parameters()).device, batch)
 
 # %% ../../nbs/04_diffusion/30_ddpm.ipynb #6d9020da
 def settings_of(
@@ -413,26 +416,6 @@ def bits_per_dim(
     a = den.process.abar(torch.tensor(T))
     prior = (a*x0.double().square()-a-torch.log1p(-a)).flatten(1).mean(1)/2 # KL of q(x_T | x0) from N(0, 1)
     return (prior+total.double()-p.clamp_min(1e-12).log().flatten(1).mean(1))/math.log(2)
-
-# %% ../../nbs/04_diffusion/30_ddpm.ipynb #ad9e5826
-def train_arm(
-    den:Denoiser,     # a fresh one; ends with the averaged weights
-    tok,              # captions -> Cond
-    data,             # captioned pictures
-    config:dict,      # as from `recipe`
-    images:int,       # training pictures
-    seed:int=0,       # of the data and the noise
-    precision:str='fp32',
-    loss=None,        # loss(x0, cond, draws) -> (b), when it is not den.loss
-)->float:             # mean loss of the last tenth
-    "Train one arm of a comparison"
-    den.net.to(pick_device()); den.to(pick_device())
-    state = State(den.net, config['lr'], EMA(den.net, config['half_life']), precision=precision)
-    records = train(state, loss or den.loss, feed(data, tok), images=images, batch=config['batch'], seed=seed)
-    losses = [r.loss for r in records]
-    den.net.load_state_dict(state.ema.shadow)
-    tail = losses[-max(1, len(losses)//10):]
-    return sum(tail)/len(tail)
 
 # %% ../../nbs/04_diffusion/30_ddpm.ipynb #43e500db
 def weighted_by_bound(

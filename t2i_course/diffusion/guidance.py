@@ -9,7 +9,7 @@ __all__ = ['LEARNED', 'ZEROS', 'TS', 'BOUND', 'FIXES', 'SPANS', 'GRID', 'FEW', '
            'on_gray', 'saturation', 'dynamic_threshold', 'threshold', 'both', 'rescale', 'rescaled', 'short',
            'on_digits', 'on_painted', 'experiments']
 
-# %% ../../nbs/04_diffusion/35_guidance.ipynb #42355166
+# %% ../../nbs/04_diffusion/35_guidance.ipynb #5eb71822
 import time
 from functools import partial
 import torch
@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.conditioning import Cond, cat
 from ..core.data import Draws, HELD_OUT, INKS, NUMBERS, WEIGHTS, an, load
-from ..core.ema import EMA
+from ..core.ema import EMA, train_arm
 from ..core.metrics import SEED, at_most, evaluate, glyph_space, judge_for, obedience, reference
 from ..core.training import State, bf16_pays, feed, pick_device, train
 from .ddpm import Denoiser, ResBlock, VP, drawer, fourier, guided, linear_betas, recipe
-from .ddpm import sample, solve, text_unet, train_arm, uniform_times, v
+from .ddpm import sample, solve, text_unet, uniform_times, v
 from .preconditioning import CaptionGaussian, fit_skip, group_of, word_groups
 
 # %% ../../nbs/04_diffusion/35_guidance.ipynb #2f2a70c0

@@ -7,17 +7,18 @@ __all__ = ['SWEEP', 'FACTORS', 'SHIFT', 'wiener', 'Guess', 'ScalarSkip', 'featur
            'fit_colours', 'fit_shapes', 'fit_mean', 'ink_frame', 'group_of', 'fit_space', 'CaptionGaussian',
            'word_groups', 'fit_skip', 'make_arm', 'OneForAll', 'ladder', 'experiments']
 
-# %% ../../nbs/04_diffusion/34_preconditioning.ipynb #b8b05459
+# %% ../../nbs/04_diffusion/34_preconditioning.ipynb #4d81b5a0
 import math, time
 from typing import NamedTuple
 import torch
 from torch import Tensor
 from ..core.conditioning import Cond, PAD
 from ..core.data import Draws, Painted, load
+from ..core.ema import train_arm
 from ..core.metrics import at_most, evaluate, judge_for, reference
 from ..core.training import bf16_pays, pick_device
 from .ddpm import Coefs, Denoiser, VP, drawer, eps, linear_betas, recipe, sample, text_unet
-from .ddpm import train_arm, uniform_times, view, x0
+from .ddpm import uniform_times, view, x0
 from .samplers import heun
 from .schedules import EDM, edm_times, log_normal
 

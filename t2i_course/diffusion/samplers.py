@@ -8,17 +8,18 @@ __all__ = ['SAMPLERS', 'SWEEP', 'walk', 'believed', 'euler', 'exact', 'heun', 's
            'ddim_invert', 'inversion_error', 'chain_variances', 'bound_terms', 'LearnedVariance', 'build_learned',
            'bits_with', 'varied', 'three']
 
-# %% ../../nbs/04_diffusion/33_samplers.ipynb #31ff6f49
+# %% ../../nbs/04_diffusion/33_samplers.ipynb #8e0b6dd4
 import math, time
 from functools import partial
 import torch
 from torch import nn, Tensor
 from ..core.conditioning import Cond
 from ..core.data import Draws, load
+from ..core.ema import train_arm
 from ..core.metrics import at_most, evaluate, judge_for, reference
 from ..core.training import bf16_pays, pick_device
 from .ddpm import Coefs, Denoiser, VP, build, drawer, guided, recipe, sample
-from .ddpm import solve, step, text_unet, train_arm, v, view
+from .ddpm import solve, step, text_unet, v, view
 from .schedules import cosine_betas, time_at
 
 # %% ../../nbs/04_diffusion/33_samplers.ipynb #c9849cf6

@@ -7,15 +7,16 @@ __all__ = ['SWEEP', 'ARMS', 'log_snr', 'time_at', 'betas_from_abar', 'cosine_bet
            'sigmoid_abar', 'EDM', 'edm_sigmas', 'edm_times', 'log_normal', 'schedules', 'density', 'make_arm', 'walk',
            'RedOnBlack', 'measured', 'short', 'experiments']
 
-# %% ../../nbs/04_diffusion/31_schedules.ipynb #7fea7732
+# %% ../../nbs/04_diffusion/31_schedules.ipynb #3801f40a
 import math, time
 from functools import partial
 import torch
 from torch import Tensor
 from ..core.data import Draws, Painted, load
+from ..core.ema import train_arm
 from ..core.metrics import at_most, evaluate, load_judge, reference
 from ..core.training import bf16_pays, pick_device
-from .ddpm import Coefs, VP, build, drawer, linear_betas, recipe, train_arm, uniform_times, v
+from .ddpm import Coefs, VP, build, drawer, linear_betas, recipe, uniform_times, v
 
 # %% ../../nbs/04_diffusion/31_schedules.ipynb #96fd97db
 def log_snr(

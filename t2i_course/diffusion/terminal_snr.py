@@ -7,7 +7,7 @@ __all__ = ['WIDTHS', 'SWEEP', 'Papers', 'brightness', 'Flat', 'rescale_zero_term
            'OffsetDraws', 'offset_loss', 'offset_start', 'OnSphere', 'Coarse', 'settings', 'build', 'make_loss',
            'silent', 'moved', 'measure', 'fit', 'arms', 'walks', 'experiments']
 
-# %% ../../nbs/04_diffusion/36_terminal_snr.ipynb #f1e08d6a
+# %% ../../nbs/04_diffusion/36_terminal_snr.ipynb #b3bdd10e
 import time
 from functools import partial
 import torch
@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.conditioning import Conditioned, TextEncoder, WordTokenizer
 from ..core.data import Draws, PAPERS, Painted
+from ..core.ema import train_arm
 from ..core.metrics import at_most, evaluate, load_judge, reference
 from ..core.training import bf16_pays, pick_device
-from .ddpm import Coefs, Denoiser, UNet, VP, drawer, recipe, sample, train_arm, uniform_times
+from .ddpm import Coefs, Denoiser, UNet, VP, drawer, recipe, sample, uniform_times
 from .ddpm import view, weighted, x0
 from .schedules import EDM, betas_from_abar, edm_times, log_normal, scaled_linear_betas
 

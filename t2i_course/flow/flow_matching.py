@@ -6,15 +6,16 @@
 __all__ = ['LABELS', 'QUICK', 'ETA', 'SWEEP', 'WAYS', 'LinearPath', 'logit_normal', 'mode_times', 'recipe', 'build', 'recipe_for',
            'times', 'Unframed', 'arms', 'make_arm', 'measure', 'controls', 'experiments']
 
-# %% ../../nbs/06_flow/60_flow_matching.ipynb #deaf866c
+# %% ../../nbs/06_flow/60_flow_matching.ipynb #60f336f7
 import math
 from functools import partial
 import torch
 from torch import Tensor
 from ..core.data import CourseError, Draws, Labelled, Painted, load
+from ..core.ema import train_arm
 from ..core.metrics import at_most, evaluate, load_judge, reference
 from ..core.training import bf16_pays, pick_device
-from ..diffusion.ddpm import Coefs, Denoiser, SIZES, VP, drawer, linear_betas, text_unet, train_arm
+from ..diffusion.ddpm import Coefs, Denoiser, SIZES, VP, drawer, linear_betas, text_unet
 from ..diffusion.ddpm import uniform_times, velocity
 from ..diffusion.preconditioning import CaptionGaussian, fit_skip, word_groups
 
