@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 from t2i_course.core.data import CourseError, Draws, Painted
-from t2i_course.core.ema import EMA
-from t2i_course.core.training import Record, State, Threads, bf16_pays, feed, pick_device, train, warm_linear
+from t2i_course.core.ema import EMA, settle
+from t2i_course.core.training import Record, State, Threads, Turn, bf16_pays, feed, pick_device, train, warm_linear
 from torch import nn
 
 
@@ -306,3 +306,101 @@ def test_learns_and_the_control_does_not():
     true, shuffled = run(0), run(1)
     assert sum(true[-10:]) / 10 < .5 * true[0]
     assert sum(shuffled[-10:]) / 10 > .9 * 1 / 3   # the variance of the uniform numbers
+
+
+# --- Several losses ---
+
+def players(seed=0, begin=None):
+    "Two networks: one denoises, the other guesses the first one's error lazily, in the second half"
+    net = nn.ModuleDict({"a": make(seed), "b": make(seed + 1)})
+    def first(x0, cond, draws): return (net["a"](x0 + draws.normal("eps", 6)) - x0).square().mean(1)
+    def second(x0, cond, draws):
+        x = x0 + draws.normal("eps", 6)
+        return (net["b"](x) - (net["a"](x) - x0)).square().mean(1)
+    state = State(net, ema=EMA(net, 200), parts={"a": {}, "b": {"lr": 1e-3, "betas": (0., .99)}})
+    return state, [Turn("first", first, "a"), Turn("second", second, "b", every=3, gain=3., since=.5, begin=begin)]
+
+
+def play(state, turns, stop=None, **kw):
+    records = []
+    for record in train(state, turns, data, **({"images": 320, "batch": 16} | kw)):
+        records.append(record)
+        if record.step == stop: break
+    return records
+
+
+def test_turns_come_when_they_should():
+    "A stage begins at half-time, a lazy turn at each third step; a record has the losses of its step."
+    begun = []
+    state, turns = players(begin=lambda state: begun.append(state.step))
+    records = play(state, turns)
+    assert [list(r.turns) for r in records] == [["first", "second"] if i >= 10 and i % 3 == 0 else ["first"] for i in range(20)]
+    assert begun == [12] and state.begun == ["first", "second"] or state.begun == ["second"]
+    assert all(r.loss == r.turns["first"] for r in records)
+
+
+def test_a_turn_moves_its_part_alone():
+    "The second player looks at the first and changes nothing of it; each optimizer has the settings of its part."
+    (both, turns), (alone, one) = players(), players()
+    play(both, turns); play(alone, one[:1])
+    for a, b in zip(both.net["a"].parameters(), alone.net["a"].parameters()): assert torch.equal(a, b)
+    moved = [not torch.equal(a, b) for a, b in zip(both.net["b"].parameters(), alone.net["b"].parameters())]
+    assert all(moved) and all(p.requires_grad for p in both.net.parameters())
+    assert both.opts["b"].param_groups[0]["betas"] == (0., .99) and both.rate("b") == 1e-3 and both.rate("a") == both.lr
+
+
+@pytest.mark.parametrize("stop", [1, 9, 10, 12, 13, 19])
+def test_resume_is_exact_with_turns(stop):
+    "Stopped before, at and after the begin of the second stage, which begins once."
+    begun = []
+    straight, turns = players()
+    play(straight, turns)
+    broken, again = players(begin=lambda state: begun.append(state.step))
+    play(broken, again, stop)
+    tensors, numbers = {name: v.clone() for name, v in broken.tensors().items()}, broken.numbers()
+    resumed, rest = players(50, begin=lambda state: begun.append(state.step))
+    play(resumed.load(tensors, numbers), rest)
+    assert_same_bytes(straight.tensors(), resumed.tensors())
+    assert begun == [12]
+
+
+def test_the_learning_rate_of_a_stage_runs_over_its_own_window():
+    state, turns = players()
+    only = [turns[1]._replace(every=1)]
+    rates = [r.lr for r in play(state, only, schedule=lambda f: 1 - f)]
+    assert len(rates) == 10 and rates == pytest.approx([1e-3 * (1 - i / 10) for i in range(10)])
+
+
+def test_a_gain_multiplies_the_gradient():
+    "With plain gradient descent and no clipping, ten times the gain is ten times the step."
+    moves = []
+    for gain in (1., 10.):
+        state, turns = players()
+        state.opts["a"] = torch.optim.SGD(state.net["a"].parameters(), 1.)
+        before = torch.cat([p.detach().flatten().clone() for p in state.net["a"].parameters()])
+        play(state, [turns[0]._replace(gain=gain)], images=16, clip=math.inf, schedule=lambda f: 100.)
+        moves.append(torch.cat([p.detach().flatten() for p in state.net["a"].parameters()]) - before)
+    assert torch.allclose(10 * moves[0], moves[1], rtol=1e-3, atol=1e-5)
+
+
+def test_turns_see_the_same_pictures_and_ask_for_them_once():
+    asked = []
+    def counted(draws):
+        asked.append(draws.index[0].item())
+        return data(draws)
+    state, turns = players()
+    list(train(state, [turns[0], turns[1]._replace(every=1, since=0.)], counted, images=64, batch=16, accumulate=2))
+    assert asked == list(range(0, 64, 8))
+
+
+def test_settle_makes_the_average_the_weights():
+    "The first stage ends; the second begins with its average, which then stays."
+    state, (first, second) = players()
+    stages = [first._replace(until=.5), second._replace(every=1, begin=settle("a"))]
+    play(state, stages, 10)
+    shadow = {k: v.clone() for k, v in state.ema.shadow.items() if k.startswith("a.")}
+    own = state.net.state_dict()
+    assert any(not torch.equal(v, own[k]) for k, v in shadow.items())
+    play(state, stages)
+    own = state.net.state_dict()
+    for k, v in shadow.items(): assert torch.equal(v, own[k]) and torch.allclose(v, state.ema.shadow[k], atol=1e-6)
