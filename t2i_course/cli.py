@@ -153,7 +153,7 @@ def fit_run(out:Path, config:dict, quiet:bool=False, save_every:float=20.):
     head_start(state, ds, tok, den, config, saved)
     tables = den.skip.tables if getattr(den, 'skip', None) is not None else {}
     records = train(state, den.loss, feed(ds, tok), images=config['images'], seconds=config['seconds'],
-                    batch=config['batch'], seed=config['seed'])
+                    batch=config['batch'], seed=config['seed'], clip=config.get('clip', 1.))
     bar = progress_bar(state, config, quiet)
     with open(out/'log.jsonl', 'a') as log:
         for r in follow(state, records, out, config, tables, save_every):
@@ -432,6 +432,7 @@ def run_chapter(
     if name=='metrics': return mod.make_judges(out)
     path = result_file(out, name)
     res = (json.loads(path.read_text()) if path.exists() else {})|stamp(name, seeds)
+    if name=='report_card': return report_card(res, path, seeds, seconds)
     seconds = seconds or (3 if current_scale()=='smoke' else 60)
     for data in dict(ddpm=['digits','painted'], flow_matching=['painted']).get(name, []):
         put(res, f'row.{data}', measured_rows(name, data, seeds, seconds, Path('runs')/'rows'))
@@ -440,6 +441,30 @@ def run_chapter(
         say(f'{key}: {value}')
         put(res, key, value)
         write_json(path, res)
+    print(f'wrote {path}')
+
+def report_card(
+    res:dict,     # what is measured already
+    path:Path,    # results/report_card.json
+    seeds,        # of the runs
+    seconds=None, # training time of each; default 120
+):
+    "Every recipe that stands for a paradigm, on painted digits with the same clock; pictures of the first seed beside the numbers"
+    from t2i_course.capstone.report_card import drawing_flops, training_memory
+    from t2i_course.core.plots import mosaic
+    seconds,drawn = seconds or (3 if current_scale()=='smoke' else 120),{}
+    for recipe in RECIPES:
+        paradigm = getattr(module(recipe), 'PARADIGM', None)
+        if not paradigm: continue
+        put(res, f'row.{recipe}', measured_rows(recipe, 'painted', seeds, seconds, Path('runs')/'rows')|dict(paradigm=paradigm))
+        m = Model(Path('runs')/'rows'/f'{recipe}-painted-{seconds:g}s-{seeds[0]}')
+        drawn[recipe] = m.draw(PROMPTS)
+        put(res, f'row.{recipe}.multiply_adds', drawing_flops(m.den.painter(m.tok, m.config), PROMPTS[:4]))
+        put(res, f'row.{recipe}.memory', training_memory(m.den, m.tok, load('painted'), m.config['batch'], m.config['precision']))
+        put(res, f'row.{recipe}.batch', m.config['batch'])
+        write_json(path, res|dict(seconds=seconds, prompts=PROMPTS, pictures=list(drawn)))
+    from matplotlib.image import imsave
+    imsave(path.with_suffix('.png'), mosaic(torch.cat(list(drawn.values())), len(PROMPTS)).numpy())
     print(f'wrote {path}')
 
 def bench(
@@ -482,9 +507,22 @@ def report_line(name:str, r:dict, date:str)->str:
 
 def report(
     folder=None, # default results/
+    picture=None,# where the figure goes; default report.png in the folder
 ):
-    "One table of every measured row in results/"
+    "The report card, as a table and a figure, and one table of every measured row in results/"
+    from t2i_course.capstone.report_card import HEAD, entries, figure, lines, text_table
     folder = Path(folder) if folder else results_path('x').parent
+    card = folder/'report_card.json'
+    if card.exists():
+        try: rows = entries(json.loads(card.read_text(encoding='utf-8')))
+        except (ValueError, KeyError, TypeError) as e:
+            raise CourseError(f'{card} cannot be read ({e}): make it again with t2i run report_card') from e
+        print(text_table(HEAD, lines(rows)), '', sep='\n')
+        picture = Path(picture or folder/'report.png')
+        make_folder(picture.parent)
+        write_whole(picture, lambda p: p.write_bytes(figure(rows).png()))
+        print(f'figure: {picture}\n')
+    elif picture: raise CourseError(f'{card} is not there: make it with t2i run report_card')
     table = []
     for f in sorted(folder.glob('*.json')):
         try:
@@ -664,8 +702,9 @@ def add_rest(command):
     a('--seeds', type=int, metavar='N', help='how many (default painted 2, digits 3)')
     a('--peers', nargs='*', choices=['diffusers','torchcfm'], help='digits: which of the published recipes (default both)')
     a('--out', metavar='FILE', help='file to write')
-    a = command('report', 'one table of all results', lambda a: report(a.folder))
+    a = command('report', 'the report card and one table of all results', lambda a: report(a.folder, a.figure))
     a('folder', nargs='?', help='default: results/')
+    a('--figure', metavar='FILE', help='where the figure goes (default report.png beside the results)')
     command('doctor', 'what this machine offers and what is missing', lambda a: doctor())
 
 def parser()->Parser:

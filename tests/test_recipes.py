@@ -1,4 +1,4 @@
-"""Contracts that every recipe keeps: it trains, stops, resumes to the same bytes, draws from captions, is measured, and says what it has no use for."""
+"""Contracts of every recipe: it trains, stops, resumes to the same bytes, draws from captions, is measured, says what it has no use for."""
 import json
 from importlib import import_module
 

@@ -404,3 +404,20 @@ def test_settle_makes_the_average_the_weights():
     play(state, stages)
     own = state.net.state_dict()
     for k, v in shadow.items(): assert torch.equal(v, own[k]) and torch.allclose(v, state.ema.shadow[k], atol=1e-6)
+
+
+def test_resume_is_exact_with_weights_in_another_memory_layout():
+    "A file holds tensors in plain order; the optimizer's averages have to be laid out as their weights are."
+    def small():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1)).to(memory_format=torch.channels_last)
+        return State(net, ema=EMA(net, 100))
+    def pictures(draws): return draws.normal("x", 3, 8, 8), draws.choice("label", 3)
+    def run(state, stop=None):
+        def loss(x0, cond, draws): return (state.net(x0 + draws.normal("eps", 3, 8, 8)) - x0).square().flatten(1).mean(1)
+        for r in train(state, loss, pictures, images=160, batch=16):
+            if r.step == stop: break
+        return state
+    straight, broken = run(small()), run(small(), 5)
+    saved = {k: v.contiguous().clone() for k, v in broken.tensors().items()}
+    assert_same_bytes(straight.tensors(), run(small().load(saved, broken.numbers())).tensors())

@@ -57,7 +57,7 @@ class EMA:
         try: yield net
         finally: net.load_state_dict(own)
 
-# %% ../../nbs/01_core/13_ema.ipynb #cc6f364e
+# %% ../../nbs/01_core/13_ema.ipynb #79242ac7
 def state_for(
     model,            # an object with net, loss, to(device) and, for several optimizers, parts
     config:dict,      # lr, half_life; betas and weight_decay where they differ from the usual
@@ -73,6 +73,7 @@ def settle(
 ):            # begin(state), for the Turn of the next stage
     "The averaged weights of a finished stage become its weights, so that the next stage builds on what will be used"
     def begin(state):
+        if state.ema is None: return
         module = state.net.get_submodule(part)
         own = {k[len(part)+1:]:v for k,v in state.ema.shadow.items() if k.startswith(part+'.')}
         module.load_state_dict(own)
@@ -82,7 +83,7 @@ def train_arm(
     model,            # a fresh one; ends with the averaged weights
     tok,              # captions -> Cond
     data,             # captioned pictures
-    config:dict,      # as from a recipe
+    config:dict,      # as from a recipe; clip: largest norm of a gradient, 1 if not said
     images:int=None,  # training pictures
     seed:int=0,       # of the data and the noise
     precision:str='fp32',
@@ -93,7 +94,7 @@ def train_arm(
     model.net.to(pick_device()); model.to(pick_device())
     state = state_for(model, config, precision)
     records = train(state, loss or model.loss, feed(data, tok), images=images, seconds=seconds, batch=config['batch'],
-                    seed=seed)
+                    seed=seed, clip=config.get('clip', 1.))
     losses = [r.loss for r in records]
     model.net.load_state_dict(state.ema.shadow)
     tail = losses[-max(1, len(losses)//10):]

@@ -47,7 +47,7 @@ def feed(
         return b.x,tok(b.captions)
     return f
 
-# %% ../../nbs/01_core/12_training.ipynb #8ce3e365
+# %% ../../nbs/01_core/12_training.ipynb #050d8bdb
 @dataclass
 class State:
     "All that a run needs to go on"
@@ -95,10 +95,11 @@ class State:
         self.net.load_state_dict(own('net.'))
         if self.ema is not None: self.ema.load(own('ema.'))
         for part,opt in self.opts.items():
-            state = {}
+            state,params = {},[p for g in opt.param_groups for p in g['params']]
             for k,v in own(f'opt{part and ":"+part}.').items():
                 i,name = k.split('.', 1)
-                state.setdefault(int(i), {})[name] = v.clone() # the optimizer would go on in the saved tensor itself
+                like = params[int(i)] # a copy, because the optimizer goes on in it; laid out in memory as its weight is
+                state.setdefault(int(i), {})[name] = torch.empty_like(like).copy_(v) if v.shape==like.shape else v.clone()
             opt.load_state_dict(dict(state=state, param_groups=opt.state_dict()['param_groups']))
         if numbers['scaler']: self.scaler.load_state_dict(numbers['scaler'])
         self.begun = list(numbers.get('begun', []))

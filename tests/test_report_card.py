@@ -1,0 +1,80 @@
+"""The report card: exact memory, counted multiply-adds, means and ranges, the table, the figure, and the command."""
+import json
+
+import pytest
+import torch
+from t2i_course import cli
+from t2i_course.capstone import report_card as rc
+from t2i_course.core.data import load
+from torch import nn
+
+
+def row(recipe, obeys, fd, drawing):
+    return dict(recipe=recipe, data="painted", obedience=dict(all=obeys, digit=obeys), heldout=dict(all=obeys - .1), fd=fd, fd_floor=2.,
+                precision=.9, recall=.8, nearest=.01, images=1000, params=500_000, params_trained=900_000, train_seconds=120., nfe=16,
+                seconds_per_1000=drawing, date="2026-01-01")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    card = dict(date="2026-01-01", row={name: dict(paradigm=name.upper(), rows=[row(name, o, fd, s), row(name, o + .02, fd + 1, s)],
+                memory=dict(total=2**20), multiply_adds=12.5) for name, o, fd, s in (("one", .5, 8., 9.), ("two", .9, 4., 1.))})
+    (tmp_path / "report_card.json").write_text(json.dumps(card))
+    return tmp_path
+
+
+def test_kept_tensors_are_counted_once_and_weights_not_at_all():
+    x = torch.randn(4, 3, requires_grad=True)
+    layer = nn.Linear(3, 5)
+    assert rc.kept_bytes(layer, lambda: layer(x).sum(1)) == 4 * 3 * 4
+    relu = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    assert rc.kept_bytes(relu, lambda: relu(x).sum(1)) == 4 * 3 * 4 + 4 * 5 * 4 # the output of ReLU is also the input of the next
+    big = torch.zeros(100)
+    assert rc.tensor_bytes([big, big[:10], big.view(10, 10)]) == 400
+
+
+@pytest.mark.parametrize("recipe", ["ddpm", "gan"])
+def test_training_memory_changes_nothing(recipe):
+    data = load("digits")
+    config = cli.settings(recipe, "digits", "smoke", None, 64, 0, "fp32")
+    torch.manual_seed(0)
+    tok, model = cli.module(recipe).build(config)
+    before = {k: v.clone() for k, v in model.net.state_dict().items()}
+    m = rc.training_memory(model, tok, data, 8)
+    for k, v in model.net.state_dict().items(): assert torch.equal(v, before[k])
+    params = sum(p.numel() for p in model.net.parameters())
+    assert m["optimizer"] == 8 * params and m["weights"] >= 4 * params and 0 < m["gradients"] <= 4 * params
+    assert m["total"] == sum(v for k, v in m.items() if k != "total") and all(p.requires_grad for p in model.net.parameters())
+    assert rc.training_memory(model, tok, data, 16)["activations"] > 1.8 * m["activations"]
+
+
+def test_flops_of_a_known_product():
+    layer = nn.Linear(30, 20)
+    assert rc.drawing_flops(lambda captions, seed: layer(torch.randn(len(captions), 30)), ["a"] * 4) == pytest.approx(30 * 20 / 1e6)
+
+
+def test_rows_have_means_and_ranges_and_the_most_obedient_first(folder):
+    rows = rc.entries(json.loads((folder / "report_card.json").read_text()))
+    assert [e["recipe"] for e in rows] == ["two", "one"]
+    assert rows[0]["obeys"] == pytest.approx((.91, .02)) and rows[0]["floors"] == pytest.approx((2.25, .5)) and rows[0]["seeds"] == 2
+    table = rc.text_table(rc.HEAD, rc.lines(rows)).splitlines()
+    assert len(table) == 3 and len({len(line) for line in table}) == 1 and "91.0% (2.0)" in table[1]
+
+
+def test_the_command_prints_the_table_and_writes_the_figure(folder, capsys):
+    assert cli.main(["report", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "TWO" in out and "91.0% (2.0)" in out and (folder / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert cli.main(["report", str(folder), "--figure", str(folder / "a" / "b.png")]) == 0
+    assert (folder / "a" / "b.png").exists()
+
+
+def test_a_card_that_cannot_be_read_is_one_sentence(folder, capsys):
+    (folder / "report_card.json").write_text("{]")
+    assert cli.main(["report", str(folder)]) == 2
+    assert "t2i run report_card" in capsys.readouterr().err
+
+
+def test_every_paradigm_has_a_recipe():
+    found = {k: getattr(cli.module(k), "PARADIGM", None) for k in cli.RECIPES}
+    assert {k: v for k, v in found.items() if v} == dict(text_gan="GAN", dalle="VQ + AR", ddpm="DDPM", flow_matching="flow matching")
