@@ -272,4 +272,4 @@ def test_learns_and_draws(name):
 
 
 def test_experiments_cover_the_rows():
-    assert {"dense", "sparse", "even", "silent", "uncounted"} <= dalle.ARMS.keys()
+    assert {"dense", "sparse", "even", "silent", "counted", "early", "early_counted"} == dalle.ARMS.keys()

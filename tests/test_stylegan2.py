@@ -323,8 +323,32 @@ def test_smoothness_of_a_constant_generator_is_zero():
     tok, gan, _ = model()
     gen, cond, draws = gan.artist, tok(batch(16).captions), Draws(0, torch.arange(16))
     features = lambda x: x.flatten(1)
-    rough = smoothness(gen, cond, draws, features).mean()
+    rough = smoothness(gen, cond, draws, features)
+    assert rough["detour"] >= 1 and rough["ppl"] > 0
     for block in gen.synthesis.blocks:
         torch.nn.init.zeros_(block.rgb.weight)
-    assert smoothness(gen, cond, draws, features).max() == 0 < rough
-    assert path_spread(model()[1].artist, cond, draws, DATA.shape)["length"] > 0
+    assert smoothness(gen, cond, draws, features)["ppl"] == 0
+
+
+def test_an_even_way_has_no_detour():
+    "Features that are a linear function of w: the drawing goes straight."
+    class Straight:
+        z_dim, synthesis = 4, staticmethod(lambda ws: ws[:, 0])
+        w = staticmethod(lambda z, cond: z)
+        spread = staticmethod(lambda w: w[:, None])
+    draws = Draws(0, torch.arange(16))
+    assert abs(smoothness(Straight, None, draws, lambda x: x)["detour"] - 1) < 1e-4
+    assert smoothness(Straight, None, draws, lambda x: (x > 0).float())["detour"] > 2
+
+
+def test_spread_of_path_lengths_sees_an_uneven_generator():
+    tok, gan, _ = model()
+    b = batch(64)
+    even = path_spread(gan.artist, tok(b.captions), Draws(0, torch.arange(64)), DATA.shape)
+    assert even["length"] > 0
+    with torch.no_grad():
+        for block in gan.artist.synthesis.blocks:
+            block.rgb.style.bias.zero_()
+            block.rgb.style.weight.mul_(10)
+    uneven = path_spread(gan.artist, tok(b.captions), Draws(0, torch.arange(64)), DATA.shape)
+    assert uneven["spread"] > even["spread"]

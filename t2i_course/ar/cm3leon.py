@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'DRAW', 'RECOLOUR', 'READ', 'SIZES', 'SWEEP', 'Layout', 'DocumentModel', 'answer', 'overlap', 'Memory',
            'unseen_pairs', 'Recoloured', 'instruction', 'CM3Leon', 'recipe_for', 'build', 'task_scores', 'experiments']
 
-# %% ../../nbs/07_ar/73_cm3leon.ipynb #8269828a
+# %% ../../nbs/07_ar/73_cm3leon.ipynb #e77a7572
 import math, time
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,10 @@ from ..core.data import Draws, HELD_OUT, Painted, load
 from ..core.ema import settle, train_arm
 from ..core.metrics import evaluate, judge_for, reference
 from ..core.training import bf16_pays
-from ..codec.vqvae import TwoStage, VQVAE
+from ..codec.vqvae import TwoStage
 from .pixelcnn import guided, pick
 from .dalle import Cache, CausalBlock
+from .parti import make_codec
 
 # %% ../../nbs/07_ar/73_cm3leon.ipynb #df4399cc
 # ---- documents ----
@@ -336,11 +337,11 @@ class CM3Leon(TwoStage):
             return x
         return drawn_from(paint, tok, next(self.net.parameters()).device)
 
-# %% ../../nbs/07_ar/73_cm3leon.ipynb #b353af71
+# %% ../../nbs/07_ar/73_cm3leon.ipynb #7f8de39e
 # ---- the recipe ----
 SIZES = dict(smoke=dict(codec_widths=(16,16,24), codec_depth=1, n_codes=32, code_dim=8, dim=32, n_layers=2, n_heads=2, batch=16, memory=200),
-             demo=dict(codec_widths=(32,64,96), codec_depth=1, n_codes=256, code_dim=8, dim=128, n_layers=3, n_heads=4, batch=64, memory=3000),
-             full=dict(codec_widths=(128,192,256), codec_depth=2, n_codes=1024, code_dim=32, dim=512, n_layers=12, n_heads=8, batch=256,
+             demo=dict(codec_widths=(32,64,96), codec_depth=1, n_codes=128, code_dim=8, dim=128, n_layers=3, n_heads=4, batch=32, memory=3000),
+             full=dict(codec_widths=(128,192,256), codec_depth=2, n_codes=512, code_dim=16, dim=512, n_layers=12, n_heads=8, batch=256,
                        memory=100_000))
 
 def recipe_for(
@@ -349,10 +350,10 @@ def recipe_for(
     seconds:float=None, # training time, if it is known
 )->dict:                # JSON values
     "Everything `build` needs to make the same model again"
-    deep = max(1, int(math.log2(min(data.shape[1:])/4))) # a grid of 4 x 4 codes
+    deep = max(1, int(math.log2(min(data.shape[1:])/4))) # a grid of 4 x 4 codes, and a row for the colours
     size = SIZES[scale]|dict(codec_widths=list(SIZES[scale]['codec_widths'][:deep]))
-    return dict(recipe='cm3leon', data=data.name, shape=list(data.shape), words=list(data.words), max_len=data.size, share=.35, lr=2e-3,
-                codec_lr=4e-3, half_life=100_000, p_drop=.1, tasks=[.7,.15,.15], max_examples=2, examples=1, temperature=1., guidance=2.,
+    return dict(recipe='cm3leon', data=data.name, shape=list(data.shape), words=list(data.words), max_len=data.size, share=.4, lr=2e-3,
+                codec_lr=4e-3, half_life=4_000, p_drop=.1, tasks=[.7,.15,.15], max_examples=2, examples=1, temperature=.5, guidance=2.,
                 **size)
 
 def build(
@@ -360,7 +361,7 @@ def build(
 )->tuple:        # tokenizer, CM3Leon
     "Codec, network and an empty memory"
     tok = WordTokenizer(config['words'], config['max_len'])
-    codec = VQVAE(config['shape'][0], config['codec_widths'], config['n_codes'], config['code_dim'], config['codec_depth'], ema=.95)
+    codec = make_codec(config)
     layout = Layout(len(tok), config['n_codes'], config['max_len'], codec.grid(config['shape']), config['max_examples'])
     net = DocumentModel(layout, config['dim'], config['n_layers'], config['n_heads'])
     memory = Memory(config['memory'], config['max_len'], layout.n_image, len(tok))
@@ -390,7 +391,7 @@ def task_scores(
     return dict(recolour=dict(ink=same('ink', twin), digit=same('digit', b), paper=same('paper', b), rest=kept.float().mean().item()),
                 read={k:share(right(k)) for k in names}|dict(said={k:sum(k in d for d in said)/n for k in names}))
 
-# %% ../../nbs/07_ar/73_cm3leon.ipynb #b86bc5bf
+# %% ../../nbs/07_ar/73_cm3leon.ipynb #24113be4
 # ---- the sweeps beside the chapter ----
 SWEEP = dict(smoke=dict(codec_images=640, images=320, n=16, guidance=(1.,2.)),
              demo=dict(codec_images=20_000, images=16_000, n=300, guidance=(1.,1.5,2.,3.,5.)),
@@ -435,5 +436,5 @@ def experiments(
             for w in s['guidance']:
                 row = evaluate(model.painter(tok, config|dict(examples=0, guidance=w)), data, judge, s['n'], seed, n_heldout=0)
                 o = row['obedience']
-                yield f'guidance.{w:g}.{seed}',dict(obedience=o['all'], digit=o['digit'], fd=row['fd'], recall=row['recall'])
+                yield f'guidance.w{round(10*w)}.{seed}',dict(w=w, obedience=o['all'], digit=o['digit'], fd=row['fd'], recall=row['recall'])
             yield f'tasks.{seed}',task_scores(model, data, judge, s['n'], seed)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'SWEEP', 'PARTI', 'SIZES', 'attend', 'CrossBlock', 'EncoderDecoder', 'CodePrior', 'coded', 'held_out_nll',
-           'Stream', 'make_prior', 'fit_prior', 'OneStage', 'experiments', 'published', 'recipe_for', 'build']
+           'Stream', 'make_prior', 'fit_prior', 'OneStage', 'experiments', 'published', 'recipe_for', 'make_codec',
+           'build']
 
-# %% ../../nbs/07_ar/72_parti.ipynb #8fd865ab
+# %% ../../nbs/07_ar/72_parti.ipynb #0c8c4e5c
 import math, time
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from ..core.ema import EMA, train_arm
 from ..core.metrics import evaluate, judge_for, reference
 from ..core.training import State, bf16_pays, train
 from ..codec.vqvae import TwoStage, VQVAE
-from .dalle import Cache, Prior, Transformer, causal, nll, sample_codes
+from .dalle import Cache, Palette, Prior, Transformer, causal, nll, sample_codes
 
 # %% ../../nbs/07_ar/72_parti.ipynb #e1d78cc7
 # ---- looking at the caption ----
@@ -313,11 +314,11 @@ def published(
         blocks=nn.ModuleList(CrossBlock(dim, n_heads, d_ff) for _ in range(n_layers)), head=nn.Linear(dim, n_codes)))
     return nn.ModuleDict(dict(encoder=encoder, decoder=decoder))
 
-# %% ../../nbs/07_ar/72_parti.ipynb #56006ae4
+# %% ../../nbs/07_ar/72_parti.ipynb #33d1e492
 # ---- the recipe ----
 SIZES = dict(smoke=dict(codec_widths=(16,16,24), codec_depth=1, n_codes=32, code_dim=8, dim=32, n_read=1, n_layers=1, n_heads=2, batch=32),
-             demo=dict(codec_widths=(32,64,96), codec_depth=1, n_codes=256, code_dim=8, dim=128, n_read=1, n_layers=2, n_heads=4, batch=64),
-             full=dict(codec_widths=(128,192,256), codec_depth=2, n_codes=1024, code_dim=32, dim=512, n_read=6, n_layers=12, n_heads=8,
+             demo=dict(codec_widths=(32,64,96), codec_depth=1, n_codes=128, code_dim=8, dim=128, n_read=1, n_layers=2, n_heads=4, batch=32),
+             full=dict(codec_widths=(128,192,256), codec_depth=2, n_codes=512, code_dim=16, dim=512, n_read=6, n_layers=12, n_heads=8,
                        batch=256))
 
 def recipe_for(
@@ -326,17 +327,25 @@ def recipe_for(
     seconds:float=None, # training time, if it is known
 )->dict:                # JSON values
     "Everything `build` needs to make the same model again"
-    deep = max(1, int(math.log2(min(data.shape[1:])/4))) # a grid of 4 x 4 codes
+    deep = max(1, int(math.log2(min(data.shape[1:])/4))) # a grid of 4 x 4 codes, and a row for the colours
     size = SIZES[scale]|dict(codec_widths=list(SIZES[scale]['codec_widths'][:deep]))
     return dict(recipe='parti', data=data.name, shape=list(data.shape), words=list(data.words), max_len=data.size,
-                share=.35, lr=2e-3, codec_lr=4e-3, half_life=100_000, p_drop=.1, temperature=1., guidance=2., **size)
+                share=.4, lr=2e-3, codec_lr=4e-3, half_life=4_000, p_drop=.1, temperature=.5, guidance=2., **size)
+
+def make_codec(
+    config:dict, # as from `recipe_for`
+)->nn.Module:    # a discrete codec
+    "DALL-E's: pictures in their own colours, and a row of codes for the colours; plain where there are none"
+    (c,_,width),widths = config['shape'],config['codec_widths']
+    usual = dict(widths=widths, n_codes=config['n_codes'], dim=config['code_dim'], depth=config['codec_depth'], ema=.95)
+    return Palette(c, columns=width//2**len(widths), **usual) if c>1 else VQVAE(c, **usual)
 
 def build(
     config:dict, # as from `recipe_for`
 )->tuple:        # tokenizer, TwoStage
     "Codec and encoder-decoder, everything fresh"
     tok = WordTokenizer(config['words'], config['max_len'])
-    codec = VQVAE(config['shape'][0], config['codec_widths'], config['n_codes'], config['code_dim'], config['codec_depth'], ema=.95)
+    codec = make_codec(config)
     net = EncoderDecoder(len(tok), config['max_len'], config['n_codes'], codec.grid(config['shape']), config['dim'],
                          config['n_read'], config['n_layers'], config['n_heads'])
     return tok,TwoStage(codec, CodePrior(net, tok.null(), config['p_drop']), config['share'], (config['codec_lr'], config['lr']))

@@ -158,9 +158,9 @@ class AdaptiveConv(nn.Module):
         kernel = torch.einsum('bk,koihw->boihw', self.choose(emb).softmax(1), self.kernels)
         return F.conv2d(x.reshape(1, b*c, h, w), kernel.reshape(b*c, c, 3, 3), padding=1, groups=b).view(b, c, h, w)
 
-# %% ../../nbs/02_gan/23_text_gan.ipynb #cf0371c5
+# %% ../../nbs/02_gan/23_text_gan.ipynb #91b65efa
 # ---- the discriminator: real, and of this caption? ----
-# arXiv:1711.10485, eqs. 8-10
+# after arXiv:1711.10485, eqs. 7-10, with cosines, one softmax, and a mean in place of the soft maximum
 def word_scores(
     regions:Tensor, # (b n d) vectors of the regions of each picture, of length 1
     words:Tensor,   # (k l d) vectors of the words of each caption, of length 1
@@ -236,9 +236,9 @@ class TextDiscriminator(nn.Module):
         words = word_scores(unit(self.region(regions.flatten(2).mT)), unit(self.word(told.seq)), told.mask)
         return whole*self.sharpness[0].exp(),words*self.sharpness[1].exp()
 
-# %% ../../nbs/02_gan/23_text_gan.ipynb #0a4d3286
+# %% ../../nbs/02_gan/23_text_gan.ipynb #f68cf31e
 # ---- the game ----
-APART = .25 # real pictures of one full caption of painted digits differ by about 0.3
+APART = .25 # two real pictures of one full caption of painted digits differ by about 0.3 (root mean square)
 
 class TextGAN(GAN):
     "Real or drawn, right or wrong caption, whose caption: the three losses of a text GAN on one look of the discriminator"
@@ -248,9 +248,9 @@ class TextGAN(GAN):
         z_dim:int,             # numbers in z
         mismatch:float=.5,     # weight of: a real picture with a wrong caption counts as drawn
         matching:float=1.,     # weight of the contrast in the discriminator's loss
-        guide:float=.2,        # and in the generator's
-        seek:float=0.,         # weight of: two z of one caption have to draw different pictures
-        info:float=0.,         # weight of: z can be read off the drawing
+        guide:float=.4,        # and in the generator's
+        seek:float=.5,         # weight of: two z of one caption have to draw different pictures
+        info:float=.3,         # weight of: z can be read off the drawing
         sketch_lr:float=.05,   # learning rate of the mean picture; 0: the sketch is finished
         lr=(2e-3,2e-3),        # of body and discriminator
         betas=(0.,.99),        # of Adam
@@ -262,7 +262,7 @@ class TextGAN(GAN):
         if sketch_lr: self.parts['gen.base'] = dict(lr=sketch_lr, betas=(.9,.99), weight_decay=0.)
     @property
     def loss(self)->list: # Turns
-        "As in GAN; the mean picture is learned beside it, in the first third"
+        "As in GAN; the mean picture is learned beside it, in the first three tenths"
         turns = [t._replace(part='gen.body') if t.name=='gen' else t for t in super().loss]
         if 'gen.base' in self.parts: turns += [Turn('mean', self.mean_loss, 'gen.base', until=.3)]
         return turns
@@ -348,11 +348,11 @@ class StackGAN(TextGAN):
         return one+[two[0]._replace(begin=settle('gen.base.gen'))]+two[1:]
     def calls(self, config:dict)->int: return 2
 
-# %% ../../nbs/02_gan/23_text_gan.ipynb #f8d1513b
+# %% ../../nbs/02_gan/23_text_gan.ipynb #af4005d3
 # ---- the recipe ----
 SIZES = dict( # one row a scale; widths coarsest grid first
     smoke=dict(widths=(32,24,16),    d_emb=32,  z_dim=16,  dim=16,  batch=32),
-    demo =dict(widths=(128,64,32),   d_emb=128, z_dim=64,  dim=64,  batch=32),
+    demo =dict(widths=(128,64,32),   d_emb=128, z_dim=16,  dim=64,  batch=32),
     full =dict(widths=(512,256,128), d_emb=512, z_dim=128, dim=256, batch=256),
 )
 
@@ -363,7 +363,7 @@ def recipe_for(
 )->dict:                # JSON values
     "Everything `build` needs to make the same model again"
     config = dict(recipe='text_gan', data=data.name, shape=list(data.shape), words=list(data.words), max_len=data.size,
-                  n_layers=0, attention=True, n_kernels=0, mismatch=.5, matching=1., guide=.2, info=0., seek=0., stack=0.,
+                  n_layers=0, attention=True, n_kernels=0, mismatch=.5, matching=1., guide=.4, info=.3, seek=.5, stack=0.,
                   gamma=1., every=1, fake_too=True, lr=2e-3, lr_disc=2e-3, betas_gan=[0.,.99], half_life=20_000,
                   truncation=1., **SIZES[scale])
     # where the order of the words matters, a bag of them is not enough
