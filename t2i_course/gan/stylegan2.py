@@ -51,11 +51,11 @@ class Tinted(Labelled):
         return [f'a {i} {d} on {p}' for d,i,p in zip(*([vs[j] for j in attrs[k].tolist()] for k,vs in self.attributes.items()))]
     def demands(self, caption): return {k:vs.index(w) for w in caption.split() for k,vs in self.attributes.items() if w in vs}
 
-# %% ../../nbs/02_gan/21_stylegan2.ipynb #5efe669e
+# %% ../../nbs/02_gan/21_stylegan2.ipynb #37446e06
 # ---- layers ----
 def leaky(
     x:Tensor, # (...)
-)->Tensor:    # (...) a normal input keeps its mean square
+)->Tensor:    # (...) a normal input about keeps its mean square
     "Leaky ReLU with slope 0.2, times sqrt(2)"
     return F.leaky_relu(x, .2)*2**.5
 
@@ -187,14 +187,14 @@ class StyleBlock(nn.Module):
         self.up = StyledConv(i, o, w_dim, rises=True) if i else None
         self.conv,self.rgb = StyledConv(o, o, w_dim),ToRGB(o, channels, w_dim, patch)
 
-# %% ../../nbs/02_gan/21_stylegan2.ipynb #cc458a6b
+# %% ../../nbs/02_gan/21_stylegan2.ipynb #9b5b06ff
 class Synthesis(nn.Module):
     "From one learned small picture upwards; every layer hears a w, every resolution adds to the drawing"
     def __init__(self,
         shape,        # (c h w) of the picture
         widths,       # channels, coarsest resolution first
         w_dim:int,    # numbers of w
-        patch:int=1,  # pixels on a side that one place of a grid draws; 2 saves three quarters of the work
+        patch:int=1,  # pixels on a side that one place of a grid draws; with 2 the finest grid has a quarter of the places
     ):
         super().__init__()
         c,*size = shape
@@ -542,14 +542,14 @@ class Growing(StyleGAN):
     def gen_loss(self, x0, cond, draws): return super().gen_loss(self.at(x0, draws), cond, draws)
     def path_loss(self, x0, cond, draws): return super().path_loss(self.at(x0, draws), cond, draws)
 
-# %% ../../nbs/02_gan/21_stylegan2.ipynb #75492d37
+# %% ../../nbs/02_gan/21_stylegan2.ipynb #25e1b966
 # ---- the recipe ----
 SIZES = dict( # channel_base: channels times pixels of a side, channel_max at most
     smoke=dict(channel_base=256, channel_max=32, z_dim=16, w_dim=32, dim=16, n_layers=0, batch=16),
     demo=dict(channel_base=512, channel_max=96, z_dim=64, w_dim=128, dim=64, n_layers=0, batch=16),
     full=dict(channel_base=16384, channel_max=512, z_dim=512, w_dim=512, dim=256, n_layers=4, batch=64, # as published from here on
-              patch=1, mapping=8, pace=.01, loss='logistic', gamma=10., every=16, mixing=.9, path_decay=.01, w_decay=.005,
-              lr=2e-3, lr_disc=2e-3),
+              patch=1, mapping=8, pace=.01, loss='logistic', gamma=10., every=16, fake_too=False, mixing=.9, path=2.,
+              path_decay=.01, w_decay=.005, lr=2e-3, lr_disc=2e-3),
 )
 
 def recipe_for(
@@ -559,8 +559,8 @@ def recipe_for(
 )->dict:                # JSON values
     "Everything `build` needs to make the same model again"
     config = dict(recipe='stylegan2', data=data.name, shape=list(data.shape), words=list(data.words), max_len=data.size,
-                  loss='relativistic', gamma=.3, every=4, fake_too=False, lr=.015, lr_disc=.015, betas_gan=[0.,.99],
-                  mapping=2, pace=.3, group=4, path=2., path_every=4, path_decay=.05, mixing=.5, w_decay=.02, mismatch=0.,
+                  loss='relativistic', gamma=1., every=4, fake_too=True, lr=.015, lr_disc=.015, betas_gan=[0.,.99],
+                  mapping=2, pace=.3, group=4, path=50., path_every=4, path_decay=.05, mixing=.5, w_decay=.02, mismatch=0.,
                   grow=0, patch=2, half_life=10_000, truncation=1., centre='caption')|SIZES[scale]
     if isinstance(data, Labelled): return config|dict(n_layers=0)
     # where the order of the words matters, a bag of them is not enough
@@ -640,36 +640,38 @@ def followers(
             out[k].append((shown[k]==b.attrs[k])[differ].double().mean().item())
     return out
 
-# %% ../../nbs/02_gan/21_stylegan2.ipynb #fb009363
+# %% ../../nbs/02_gan/21_stylegan2.ipynb #913c93d8
 # ---- what the chapter measures ----
-# arXiv:1812.04948, section 4.1
+# after the perceptual path length of arXiv:1812.04948, section 4.1
 @torch.no_grad()
 def smoothness(
     gen,          # a StyleGenerator
     cond:Cond,    # (b)
-    draws:Draws,  # two z for each picture, and a place between them
+    draws:Draws,  # two z for each picture
     features,     # features(x) -> (b d)
-    step:float=.05, # of the interpolation
-)->Tensor:        # (b)
-    "Squared distance of the pictures of two neighbours on the line between two w, over step^2: a path length (PPL)"
+    steps:int=8,  # of the way from one w to the other
+)->dict:          # ppl: mean squared step times steps^2; detour: the same over the squared distance of the ends, at least 1
+    "How far a drawing travels while w goes straight; a detour of 1 is an even and straight way"
     a,b = (gen.w(draws.normal(k, gen.z_dim), cond) for k in ('from', 'to'))
-    t = draws.uniform('place')[:,None]*(1-step)
-    x,y = (features(gen.synthesis(gen.spread(torch.lerp(a, b, u)))) for u in (t, t+step))
-    return (x-y).square().sum(1)/step**2
+    f = torch.stack([features(gen.synthesis(gen.spread(torch.lerp(a, b, k/steps)))) for k in range(steps+1)])
+    ppl = (f[1:]-f[:-1]).square().sum(2).mean(0)*steps**2
+    return dict(ppl=ppl.mean().item(), detour=(ppl.mean()/(f[-1]-f[0]).square().sum(1).mean().clamp_min(1e-9)).item())
 
-# %% ../../nbs/02_gan/21_stylegan2.ipynb #3d453f80
+# %% ../../nbs/02_gan/21_stylegan2.ipynb #258866b1
 def path_spread(
     gen,         # a StyleGenerator
     cond:Cond,   # (b)
     draws:Draws, # z and y of each picture
     shape,       # (c h w)
-)->dict:         # mean of ||J^T y||, and its standard deviation in units of the mean
+    n_y:int=8,   # pictures y for each w: what is left then is the difference between one w and another
+)->dict:         # mean of ||J^T y||, and its standard deviation over the w, in units of the mean
     "Is a step in w a step of the same size everywhere?"
-    ws = gen.ws(draws.normal('z', gen.z_dim), cond)
-    v = path_lengths(gen.synthesis, ws, gen.synthesis.noise(draws), draws.normal('y', *shape)).detach()
+    ws,noise = gen.ws(draws.normal('z', gen.z_dim), cond).detach(),gen.synthesis.noise(draws)
+    v = torch.stack([path_lengths(gen.synthesis, ws, noise, draws.normal(f'y{k}', *shape)).detach() for k in range(n_y)])
+    v = v.square().mean(0).sqrt()
     return dict(length=v.mean().item(), spread=(v.std()/v.mean()).item())
 
-# %% ../../nbs/02_gan/21_stylegan2.ipynb #e13b5b3a
+# %% ../../nbs/02_gan/21_stylegan2.ipynb #caab1dc3
 # ---- the sweep beside the chapter ----
 SWEEP = dict(smoke=dict(images=128, grown=128, tinted=128, n=24, psi=(1.,)),
              demo=dict(images=10_000, grown=8_000, tinted=14_000, n=400, psi=(0.,.25,.5,.75,1.,1.25,1.5)),
@@ -698,20 +700,20 @@ def experiments(
     "Path length regularisation, truncation, growing, style mixing"
     s,data,judge = SWEEP[scale],load('digits'),load_judge('digits')
     precision,n,large = 'bf16' if bf16_pays(pick_device()) else 'fp32',s['n'],Large()
-    small = lambda x: judge.features(smaller(x))
+    small,weight = lambda x: judge.features(smaller(x)),recipe_for(data, scale)['path']
     fd_floor = reference(data, judge, at_most(data, n))['fd_floor']
     yield 'setting',dict(s, psi=list(s['psi']), precision=precision, seeds=list(seeds), fd_floor=fd_floor)
     for seed in seeds:
         draws = Draws(seed, torch.arange(n))
         real = data.batch('test', draws)
-        for arm,path in dict(path=recipe_for(data, scale)['path'], none=0.).items():
+        for arm,path in dict(path=weight, none=0.).items():
             tok,gan,config,took = fit(data, scale, s['images'], seed, precision, path=path)
             cond = tok(real.captions)
             row = evaluate(gan.painter(tok, config), data, judge, n, seed)
             row |= dict(recipe=f'stylegan2.{arm}', params=sum(p.numel() for p in gan.artist.parameters()), nfe=1)
             yield f'arms.{arm}.seed{seed}',row|dict(images=s['images'], train_seconds=took)
-            ppl = smoothness(gan.artist, cond, draws, judge.features).mean().item()
-            yield f'path.{arm}.seed{seed}',path_spread(gan.artist, cond, draws, data.shape)|dict(ppl=ppl)
+            smooth = smoothness(gan.artist, cond, draws, judge.features)
+            yield f'path.{arm}.seed{seed}',path_spread(gan.artist, cond, draws, data.shape)|smooth
             if arm=='none': continue
             for centre in ('all', 'caption'):
                 curve = []
