@@ -138,9 +138,9 @@ def hinge_g(
     "-logit"
     return -d_fake
 
-# %% ../../nbs/02_gan/20_adversarial.ipynb #0643f958
+# %% ../../nbs/02_gan/20_adversarial.ipynb #5207c52a
 # ---- a game of two numbers ----
-# arXiv:1801.04406, section 2: data at 0, one drawing at theta, D(x) = psi x
+# arXiv:1801.04406, section 2: data at 0, one drawing at theta, d(x) = psi x
 def dirac_field(
     state:Tensor,   # (2) theta, psi
     gamma:float=0., # weight of R1, whose gradient is gamma psi
@@ -172,11 +172,11 @@ def dirac_path(
         path.append(s)
     return torch.stack(path)
 
-# %% ../../nbs/02_gan/20_adversarial.ipynb #6ab65c11
+# %% ../../nbs/02_gan/20_adversarial.ipynb #724d01b0
 def dirac_eigenvalues(
     gamma:float=0., # weight of R1
 )->Tensor:          # (2) complex128
-    "Of the field's Jacobian at the solution: -gamma/2 +- sqrt(gamma^2 - 1)/2 (arXiv:1801.04406, section 4.1 with f'(0) = 1/2)"
+    "Of the field's Jacobian at the solution: -gamma/2 +- sqrt(gamma^2 - 1)/2 (arXiv:1801.04406, with f'(0) = 1/2)"
     zero = torch.zeros(2, dtype=torch.float64)
     return torch.linalg.eigvals(torch.autograd.functional.jacobian(lambda s: dirac_field(s, gamma), zero))
 
@@ -190,24 +190,24 @@ def squared_gradient(
     g, = torch.autograd.grad(logits.sum(), x, create_graph=True)
     return g.float().square().flatten(1).sum(1)
 
-# %% ../../nbs/02_gan/20_adversarial.ipynb #3ad40fea
+# %% ../../nbs/02_gan/20_adversarial.ipynb #99f896a5
 # arXiv:1801.04406, eq. 9
 def gradient_penalty(
     disc,     # disc(x, cond) -> (b) logits
     x:Tensor, # (b ...) pictures: real ones for R1, drawn ones for R2
     cond:Cond,# (b)
 )->Tensor:    # (b)
-    "|| grad_x D(x) ||^2"
+    "|| grad_x d(x) ||^2, where d is the logit"
     x = x.detach().requires_grad_()
     return squared_gradient(disc(x, cond), x)
 
-# %% ../../nbs/02_gan/20_adversarial.ipynb #f72e63da
+# %% ../../nbs/02_gan/20_adversarial.ipynb #976e0843
 def lazy_adam(
     lr:float,    # learning rate
     betas:tuple, # of Adam
     every:int,   # the penalty comes at each k-th step
 )->dict:         # settings of the optimizer
-    "k/(k+1) as often a step as with the penalty in each: lr and the memories shrink alike (arXiv:1912.04958, appendix B)"
+    "A lazy penalty makes k+1 steps of k: lr times c, betas to the power of c = k/(k+1) (arXiv:1912.04958, appendix B)"
     c = every/(every+1) if every>1 else 1.
     return dict(lr=lr*c, betas=tuple(b**c for b in betas), weight_decay=0.)
 
@@ -448,7 +448,7 @@ class ConvDiscriminator(nn.Module):
         if self.match is None: return d
         return d+(f*self.match(self.encoder(cond).pooled)).float().sum(1)/math.sqrt(f.shape[1])
 
-# %% ../../nbs/02_gan/20_adversarial.ipynb #9c9b9d93
+# %% ../../nbs/02_gan/20_adversarial.ipynb #e9eef4d8
 # ---- the recipe ----
 SIZES = dict( # one row a scale; widths coarsest grid first
     smoke=dict(widths=(32,24,16),  depth=0, d_emb=32,  z_dim=16, dim=16, n_layers=1, batch=32),
@@ -458,7 +458,7 @@ SIZES = dict( # one row a scale; widths coarsest grid first
 
 def stages(
     side:int, # pixels of the shorter side
-)->int:       # resolutions between 4 to 7 and half of it
+)->int:       # grids: the coarsest has a side of 4 to 7, the finest half of the picture's
     return max(1, int(math.log2(side/8))+1)
 
 def recipe_for(
