@@ -229,7 +229,7 @@ def adaptive_weight(
 # %% ../../nbs/03_codec/24_vae.ipynb #9f394670
 LDM_KL_F8 = dict(kl=1e-6, disc_start=50_001, disc_weight=.5) # how it was trained
 
-# %% ../../nbs/03_codec/24_vae.ipynb #599b8364
+# %% ../../nbs/03_codec/24_vae.ipynb #9f5b7e89
 # ---- a codec as a recipe ----
 def _attributes(data, split:str, draws:Draws)->dict:
     return data.attrs(split, draws)[1] if hasattr(data, 'attrs') else data.batch(split, draws).attrs
@@ -249,7 +249,7 @@ def lookalikes(
         finite = size!=float('inf') # then the first half of the protocol's order is what drawings are compared with
         for k in range(chunks):
             if not left: break
-            at = torch.arange(size//2, size) if finite else torch.arange(k*chunk, (k+1)*chunk)
+            at = torch.arange(size//2, size).roll(997*seed%size) if finite else torch.arange(k*chunk, (k+1)*chunk)
             own = SEED if finite else 1_000_003+seed
             shown = _attributes(data, split, Draws(own, at)) if any(wanted) else {}
             free = torch.ones(len(at), dtype=torch.bool)
