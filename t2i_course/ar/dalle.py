@@ -590,7 +590,7 @@ SIZES = dict(smoke=dict(codec_widths=(8,16,32), codec_depth=1, n_codes=32, code_
              full=dict(codec_widths=(64,128,192), codec_depth=2, n_codes=128, code_dim=16, dim=512, n_layers=12, n_heads=8, batch=256,
                        count_images=100_000))
 
-# %% ../../nbs/07_ar/71_dalle.ipynb #c9cae068
+# %% ../../nbs/07_ar/71_dalle.ipynb #17544824
 def recipe_for(
     data,               # captioned pictures
     scale:str='demo',   # smoke, demo or full
@@ -600,9 +600,10 @@ def recipe_for(
     size = dict(SIZES[scale])
     halvings = max(k for k in range(1, 4) if data.shape[1]%2**k==0 and data.shape[1]>=4*2**k) # 16 and 28 pixels: two, 32: three
     size['codec_widths'] = size['codec_widths'][:halvings]
+    if data.name=='painted2': size |= dict(n_codes=2*size['n_codes'], share=.35) # two inks on one paper: more to say in a code
     return dict(recipe='dalle', data=data.name, shape=list(data.shape), words=list(data.words), max_len=data.size,
-                share=.2, lr=2e-3, codec_lr=4e-3, half_life=4000, p_drop=.1, text_weight=1/8, counts=False, sparse=False, palette=data.shape[0]>1,
-                scorer=True, temperature=.6, guidance=2., candidates=1, **size)
+                lr=2e-3, codec_lr=4e-3, half_life=4000, p_drop=.1, text_weight=1/8, counts=False, sparse=False, palette=data.shape[0]>1,
+                scorer=True, temperature=.6, guidance=2., candidates=1)|dict(share=.2)|size
 
 # %% ../../nbs/07_ar/71_dalle.ipynb #f2f1c4d6
 def build(
