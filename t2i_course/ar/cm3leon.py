@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'DRAW', 'RECOLOUR', 'READ', 'SIZES', 'SWEEP', 'Layout', 'DocumentModel', 'answer', 'overlap', 'Memory',
            'unseen_pairs', 'Recoloured', 'instruction', 'CM3Leon', 'recipe_for', 'build', 'task_scores', 'experiments']
 
-# %% ../../nbs/07_ar/73_cm3leon.ipynb #e77a7572
+# %% ../../nbs/07_ar/73_cm3leon.ipynb #97d4df12
 import math, time
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,7 @@ from ..core.metrics import evaluate, judge_for, reference
 from ..core.training import bf16_pays
 from ..codec.vqvae import TwoStage
 from .pixelcnn import guided, pick
-from .dalle import Cache, CausalBlock
-from .parti import make_codec
+from .dalle import Cache, CausalBlock, make_codec
 
 # %% ../../nbs/07_ar/73_cm3leon.ipynb #df4399cc
 # ---- documents ----
@@ -337,7 +336,7 @@ class CM3Leon(TwoStage):
             return x
         return drawn_from(paint, tok, next(self.net.parameters()).device)
 
-# %% ../../nbs/07_ar/73_cm3leon.ipynb #7f8de39e
+# %% ../../nbs/07_ar/73_cm3leon.ipynb #cb50e589
 # ---- the recipe ----
 SIZES = dict(smoke=dict(codec_widths=(16,16,24), codec_depth=1, n_codes=32, code_dim=8, dim=32, n_layers=2, n_heads=2, batch=16, memory=200),
              demo=dict(codec_widths=(32,64,96), codec_depth=1, n_codes=128, code_dim=8, dim=128, n_layers=3, n_heads=4, batch=32, memory=3000),
@@ -353,7 +352,8 @@ def recipe_for(
     deep = max(1, int(math.log2(min(data.shape[1:])/4))) # a grid of 4 x 4 codes, and a row for the colours
     size = SIZES[scale]|dict(codec_widths=list(SIZES[scale]['codec_widths'][:deep]))
     return dict(recipe='cm3leon', data=data.name, shape=list(data.shape), words=list(data.words), max_len=data.size, share=.4, lr=2e-3,
-                codec_lr=4e-3, half_life=4_000, p_drop=.1, tasks=[.7,.15,.15], max_examples=2, examples=1, temperature=.5, guidance=2.,
+                codec_lr=4e-3, half_life=4_000, p_drop=.1, palette=data.shape[0]>1,
+                tasks=[.7,.15,.15], max_examples=2, examples=1, temperature=.5, guidance=2.,
                 **size)
 
 def build(

@@ -6,15 +6,16 @@
 __all__ = ['PARADIGM', 'SIZES', 'SHORT', 'SWEEP', 'ARMS', 'DRAWING', 'causal', 'row_mask', 'column_mask', 'conv_mask', 'attend',
            'Cache', 'CausalBlock', 'Decoder', 'Transformer', 'dalle_masks', 'column_attend', 'in_turns', 'own_colours',
            'Palette', 'tally', 'Counts', 'counted', 'nll', 'Prior', 'sample_codes', 'Scorer', 'DallE', 'recipe_for',
-           'build', 'split_nll', 'right', 'candidates', 'best_of', 'OnCodes', 'trained', 'asked', 'experiments']
+           'make_codec', 'build', 'split_nll', 'right', 'candidates', 'best_of', 'OnCodes', 'trained', 'asked',
+           'experiments']
 
-# %% ../../nbs/07_ar/71_dalle.ipynb #8fd33830
+# %% ../../nbs/07_ar/71_dalle.ipynb #59d0cc7e
 import math, time
 from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core.conditioning import Cond, PAD, TextEncoder, WordTokenizer, cat, drawn_from
+from ..core.conditioning import Block, Cond, PAD, TextEncoder, WordTokenizer, cat, drawn_from
 from ..core.data import Draws, load
 from ..core.ema import settle, train_arm
 from ..core.metrics import at_most, evaluate, load_judge, reference
@@ -89,18 +90,9 @@ class Cache:
         self.kept[layer] = k,v
         return k,v
 
-# %% ../../nbs/07_ar/71_dalle.ipynb #1dcead55
-class CausalBlock(nn.Module):
-    "x + attention(norm(x)), then x + mlp(norm(x)), with a mask and a cache"
-    def __init__(self,
-        dim:int,     # width, a multiple of n_heads
-        n_heads:int, # heads an attention
-    ):
-        super().__init__()
-        self.n_heads = n_heads
-        self.norm1,self.norm2 = nn.LayerNorm(dim),nn.LayerNorm(dim)
-        self.qkv,self.out = nn.Linear(dim, 3*dim),nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4*dim), nn.GELU(), nn.Linear(4*dim, dim))
+# %% ../../nbs/07_ar/71_dalle.ipynb #636638f5
+class CausalBlock(Block):
+    "The block of the text encoder, with a mask for every pair of tokens and a cache"
     def forward(self,
         x:Tensor,          # (b new d) the new tokens
         mask:Tensor,       # (new all) bool
@@ -605,21 +597,27 @@ def recipe_for(
                 lr=2e-3, codec_lr=4e-3, half_life=4000, p_drop=.1, text_weight=1/8, counts=False, sparse=False, palette=data.shape[0]>1,
                 scorer=True, temperature=.6, guidance=2., candidates=1)|dict(share=.2)|size
 
-# %% ../../nbs/07_ar/71_dalle.ipynb #f2f1c4d6
+# %% ../../nbs/07_ar/71_dalle.ipynb #cc72b310
+def make_codec(
+    config:dict, # as from `recipe_for`
+)->nn.Module:    # a discrete codec
+    "Pictures in their own colours, and a row of codes for the colours; with palette False, or without colours, a plain VQ-VAE"
+    (c,_,width),widths = config['shape'],config['codec_widths']
+    usual = dict(widths=widths, n_codes=config['n_codes'], dim=config['code_dim'], depth=config['codec_depth'], ema=.95)
+    return Palette(c, columns=width//2**len(widths), **usual) if config['palette'] else VQVAE(c, **usual)
+
 def build(
     config:dict, # as from `recipe_for`
 )->tuple:        # tokenizer, DallE
     "Everything fresh"
     tok = WordTokenizer(config['words'], config['max_len'])
-    (c,_,width),k,widths = config['shape'],config['n_codes'],config['codec_widths']
-    usual = dict(widths=widths, n_codes=k, dim=config['code_dim'], depth=config['codec_depth'], ema=.95)
-    codec = Palette(c, columns=width//2**len(widths), **usual) if config['palette'] else VQVAE(c, **usual)
+    codec,k = make_codec(config),config['n_codes']
     grid = codec.grid(config['shape'])
     counts = Counts(len(tok), grid, k, around=k<=128) if config['counts'] else None
     masks = dalle_masks(config['n_layers'], config['max_len'], grid) if config['sparse'] else None
     net = Transformer(len(tok), config['max_len'], k, grid, config['dim'], config['n_layers'], config['n_heads'], masks, counts)
     prior = Prior(net, tok.null(), config['p_drop'], config['text_weight'])
-    scorer = Scorer(c, len(tok), config['max_len']) if config['scorer'] else None
+    scorer = Scorer(config['shape'][0], len(tok), config['max_len']) if config['scorer'] else None
     fit = counted(load(config['data']), tok, config['count_images']) if config['counts'] else None
     return tok,DallE(codec, prior, scorer, config['share'], (config['codec_lr'], config['lr']), fit=fit)
 

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'SWEEP', 'PARTI', 'SIZES', 'attend', 'CrossBlock', 'EncoderDecoder', 'CodePrior', 'coded', 'held_out_nll',
-           'Stream', 'make_prior', 'fit_prior', 'OneStage', 'experiments', 'published', 'recipe_for', 'make_codec',
-           'build']
+           'Stream', 'make_prior', 'fit_prior', 'OneStage', 'experiments', 'published', 'recipe_for', 'build']
 
-# %% ../../nbs/07_ar/72_parti.ipynb #0c8c4e5c
+# %% ../../nbs/07_ar/72_parti.ipynb #04f0d04a
 import math, time
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,8 @@ from ..core.data import Draws, load
 from ..core.ema import EMA, train_arm
 from ..core.metrics import evaluate, judge_for, reference
 from ..core.training import State, bf16_pays, train
-from ..codec.vqvae import TwoStage, VQVAE
-from .dalle import Cache, Palette, Prior, Transformer, causal, nll, sample_codes
+from ..codec.vqvae import TwoStage
+from .dalle import Cache, Prior, Transformer, causal, make_codec, nll, sample_codes
 
 # %% ../../nbs/07_ar/72_parti.ipynb #e1d78cc7
 # ---- looking at the caption ----
@@ -314,7 +313,7 @@ def published(
         blocks=nn.ModuleList(CrossBlock(dim, n_heads, d_ff) for _ in range(n_layers)), head=nn.Linear(dim, n_codes)))
     return nn.ModuleDict(dict(encoder=encoder, decoder=decoder))
 
-# %% ../../nbs/07_ar/72_parti.ipynb #33d1e492
+# %% ../../nbs/07_ar/72_parti.ipynb #50f1ef1b
 # ---- the recipe ----
 SIZES = dict(smoke=dict(codec_widths=(16,16,24), codec_depth=1, n_codes=32, code_dim=8, dim=32, n_read=1, n_layers=1, n_heads=2, batch=32),
              demo=dict(codec_widths=(32,64,96), codec_depth=1, n_codes=128, code_dim=8, dim=128, n_read=1, n_layers=2, n_heads=4, batch=32),
@@ -330,15 +329,7 @@ def recipe_for(
     deep = max(1, int(math.log2(min(data.shape[1:])/4))) # a grid of 4 x 4 codes, and a row for the colours
     size = SIZES[scale]|dict(codec_widths=list(SIZES[scale]['codec_widths'][:deep]))
     return dict(recipe='parti', data=data.name, shape=list(data.shape), words=list(data.words), max_len=data.size,
-                share=.4, lr=2e-3, codec_lr=4e-3, half_life=4_000, p_drop=.1, temperature=.5, guidance=2., **size)
-
-def make_codec(
-    config:dict, # as from `recipe_for`
-)->nn.Module:    # a discrete codec
-    "DALL-E's: pictures in their own colours, and a row of codes for the colours; plain where there are none"
-    (c,_,width),widths = config['shape'],config['codec_widths']
-    usual = dict(widths=widths, n_codes=config['n_codes'], dim=config['code_dim'], depth=config['codec_depth'], ema=.95)
-    return Palette(c, columns=width//2**len(widths), **usual) if c>1 else VQVAE(c, **usual)
+                share=.4, lr=2e-3, codec_lr=4e-3, half_life=4_000, p_drop=.1, palette=data.shape[0]>1, temperature=.5, guidance=2., **size)
 
 def build(
     config:dict, # as from `recipe_for`

@@ -11,9 +11,8 @@ __all__ = ['STD', 'LOSSES', 'SIZES', 'GENTLE', 'PENALTIES', 'KINDS', 'SETTINGS',
            'caption_encoder', 'build', 'make_arm', 'generator_gradient', 'ahead', 'Stacked', 'modes_of', 'fit',
            'experiments']
 
-# %% ../../nbs/02_gan/20_adversarial.ipynb #cc704710
+# %% ../../nbs/02_gan/20_adversarial.ipynb #cfa5b160
 import inspect, math
-from importlib import import_module
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -612,17 +611,7 @@ SWEEP = dict(
     demo=dict(images=12_000, few=8_000, ring=153_600, ahead=60, n=400, stacked=3_000, settings=5),
     full=dict(images=1_000_000, few=500_000, ring=1_000_000, ahead=200, n=2_000, stacked=25_000, settings=5))
 
-# %% ../../nbs/02_gan/20_adversarial.ipynb #3384276c
-def _diffusion(data, scale:str, images:int, seed:int, precision:str, factor:float=1., betas=(.9,.95), guidance=None):
-    rival,trainer = (import_module(f't2i_course.{k}') for k in ('diffusion.ddpm', 'core.ema')) # a later chapter, by name
-    config = rival.recipe(data.shape[0], data.words, data.size, scale)
-    config |= dict(n_layers=0, lr=factor*config['lr'], betas=betas, half_life=images/10)
-    torch.manual_seed(seed)
-    tok,den = rival.build(config)
-    den.target = rival.x0
-    trainer.train_arm(den, tok, data, config, images, seed, precision)
-    return rival.drawer(den, tok, data.shape, rival.times(config, 25), guidance or config['guidance'])
-
+# %% ../../nbs/02_gan/20_adversarial.ipynb #449a11d2
 def _short(draw, data, judge, n:int, seed:int)->dict:
     row = evaluate(draw, data, judge, n, seed, 0)
     return dict(fd=row['fd'], recall=row['recall'], obedience=row['obedience']['all'])
@@ -652,27 +641,20 @@ def _modes(s:dict, judge, scale:str, seed:int, precision:str):
     data,n = Stacked(),s['stacked']
     real = data.batch('test', Draws(seed, torch.arange(n)))
     yield f'stacked.real.seed{seed}',dict(modes=len(modes_of(real.x, judge).unique()), true=len(real.attrs['mode'].unique()))
-    for name in ('vanilla','r3','ddpm'):
-        if name=='ddpm': draw = _diffusion(data, scale, s['images'], seed, precision, guidance=1.)
-        else:
-            config,tok,gan = make_arm(data, scale, seed, n_layers=0, **KINDS[name])
-            fit(gan, tok, data, config, s['images'], seed, precision)
-            draw = gan.painter(tok, config)
+    for name in ('vanilla','r3'):
+        config,tok,gan = make_arm(data, scale, seed, n_layers=0, **KINDS[name])
+        fit(gan, tok, data, config, s['images'], seed, precision)
+        draw = gan.painter(tok, config)
         yield f'stacked.{name}.seed{seed}',dict(modes=len(modes_of(draw([data.caption]*n, seed).clamp(-1, 1), judge).unique()))
 
 def _settings(s:dict, data, judge, scale:str, seed:int, precision:str):
     for i,(factor,beta) in enumerate(SETTINGS[:s['settings']]):
-        for name in ('vanilla','r3','ddpm'):
-            stopped = False
-            if name=='ddpm': draw = _diffusion(data, scale, s['few'], seed, precision, factor, (beta,.95))
-            else:
-                config,tok,gan = make_arm(data, scale, seed, **KINDS[name], betas_gan=[beta,.99])
-                config = config|dict(lr=factor*config['lr'], lr_disc=factor*config['lr_disc'])
-                torch.manual_seed(seed)
-                tok,gan = build(config)
-                _,stopped = fit(gan, tok, data, config, s['few'], seed, precision)
-                draw = gan.painter(tok, config)
-            yield f'settings.{name}.{i}.seed{seed}',_short(draw, data, judge, s['n'], seed)|dict(
+        for name in ('vanilla','r3'):
+            usual = recipe_for(data, scale)
+            config,tok,gan = make_arm(data, scale, seed, **KINDS[name]|dict(
+                betas_gan=[beta,.99], lr=factor*usual['lr'], lr_disc=factor*usual['lr_disc']))
+            _,stopped = fit(gan, tok, data, config, s['few'], seed, precision)
+            yield f'settings.{name}.{i}.seed{seed}',_short(gan.painter(tok, config), data, judge, s['n'], seed)|dict(
                 factor=factor, beta=beta, stopped=stopped)
 
 # %% ../../nbs/02_gan/20_adversarial.ipynb #1733e307

@@ -113,9 +113,9 @@ class UpBlock(nn.Module):
         h = self.conv1(F.interpolate(F.relu(self.norm1(x, y)), scale_factor=2))
         return self.conv2(F.relu(self.norm2(h, y)))+F.interpolate(self.side(x), scale_factor=2)
 
-# %% ../../nbs/02_gan/22_biggan.ipynb #3d3f4d9d
+# %% ../../nbs/02_gan/22_biggan.ipynb #e37ab5f9
 class Attention(nn.Module):
-    "Every place looks at every second place in each direction; starts as the identity (gamma = 0)"
+    "Every place looks at all squares of 2 x 2 places, at the largest values in each; starts as the identity (gamma = 0)"
     def __init__(self,
         channels:int, # a multiple of 8
     ):
@@ -249,12 +249,12 @@ def published(
     return (BigGenerator(shape, 120, [ch*k for k in (16,16,8,4,2,1)], OneHot(n_classes), n_classes, 128, attention=64),
             BigDiscriminator(shape, [ch*k for k in (1,2,4,8,16,16)], OneHot(n_classes), n_classes, attention=64))
 
-# %% ../../nbs/02_gan/22_biggan.ipynb #4a22958a
+# %% ../../nbs/02_gan/22_biggan.ipynb #fc59a65b
 # ---- truncation ----
 # arXiv:1809.11096, section 3.1
 def truncated(
     z:Tensor,        # (...) standard normal numbers
-    threshold:float, # no number is larger than this; 0 leaves only zeros
+    threshold:float, # no number is further from 0 than this; 0 leaves only zeros
 )->Tensor:           # (...) standard normal numbers under the condition that none exceeds the threshold
     "Through the distribution function and back: what drawing again until it fits would give, without drawing again"
     edge = math.erf(threshold/2**.5)
