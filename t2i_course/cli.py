@@ -450,7 +450,7 @@ def report_card(
     seconds=None, # training time of each; default 120
 ):
     "Every recipe that stands for a paradigm, on painted digits with the same clock; pictures of the first seed beside the numbers"
-    from t2i_course.capstone.report_card import drawing_flops, training_memory
+    from t2i_course.capstone.report_card import drawing_flops, experiments, training_memory
     from t2i_course.core.plots import mosaic
     seconds,drawn = seconds or (3 if current_scale()=='smoke' else 120),{}
     for recipe in RECIPES:
@@ -462,6 +462,9 @@ def report_card(
         put(res, f'row.{recipe}.multiply_adds', drawing_flops(m.den.painter(m.tok, m.config), PROMPTS[:4]))
         put(res, f'row.{recipe}.memory', training_memory(m.den, m.tok, load('painted'), m.config['batch'], m.config['precision']))
         put(res, f'row.{recipe}.batch', m.config['batch'])
+        write_json(path, res|dict(seconds=seconds, prompts=PROMPTS, pictures=list(drawn)))
+    for key,value in experiments(current_scale(), seeds):
+        put(res, key, value)
         write_json(path, res|dict(seconds=seconds, prompts=PROMPTS, pictures=list(drawn)))
     from matplotlib.image import imsave
     imsave(path.with_suffix('.png'), mosaic(torch.cat(list(drawn.values())), len(PROMPTS)).numpy())

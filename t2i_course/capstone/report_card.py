@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'HEAD', 'tensor_bytes', 'kept_bytes', 'training_memory', 'drawing_flops', 'entries', 'lines', 'text_table',
-           'figure']
+           'figure', 'diffusion_arm', 'experiments']
 
-# %% ../../nbs/13_capstone/90_report_card.ipynb #4bd9f2ea
+# %% ../../nbs/13_capstone/90_report_card.ipynb #96a114a7
 import statistics
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from ..core.data import Draws
+from ..core.data import Draws, load
+from ..core.ema import train_arm
+from ..core.metrics import evaluate, load_judge
 from ..core.plots import COLOURS, DPI, Figure
-from ..core.training import Turn
+from ..core.training import Turn, bf16_pays, pick_device
+from ..diffusion.ddpm import build, drawer, recipe, times, x0
+from ..gan.adversarial import SETTINGS, SWEEP, Stacked, modes_of
 
 # %% ../../nbs/13_capstone/90_report_card.ipynb #aea05b62
 def tensor_bytes(tensors)->int:
@@ -64,7 +68,7 @@ def drawing_flops(
     with FlopCounterMode(display=False) as counter: draw(captions, 0)
     return counter.get_total_flops()/2/len(captions)/1e6
 
-# %% ../../nbs/13_capstone/90_report_card.ipynb #385ed0e2
+# %% ../../nbs/13_capstone/90_report_card.ipynb #7fd475f8
 MEASURES = dict( # name -> how it is read from a measured row
     obeys=lambda r: r['obedience']['all'], digit=lambda r: r['obedience']['digit'], heldout=lambda r: r['heldout']['all'],
     floors=lambda r: r['fd']/r['fd_floor'], precision=lambda r: r['precision'], recall=lambda r: r['recall'],
@@ -77,10 +81,10 @@ def entries(
 )->list:       # one dict a paradigm: name, recipe, and mean and spread of each of MEASURES
     "The rows of the report card, best obedience first"
     out = []
-    for recipe,found in card.get('row', {}).items():
+    for key,found in card.get('row', {}).items():
         values = {k:[f(r) for r in found['rows']] for k,f in MEASURES.items()}
         e = {k:(statistics.mean(v), max(v)-min(v)) for k,v in values.items()}
-        out.append(dict(name=found['paradigm'], recipe=recipe, seeds=len(found['rows']), **e,
+        out.append(dict(name=found['paradigm'], recipe=key, seeds=len(found['rows']), **e,
                         memory=found['memory']['total'], multiply_adds=found['multiply_adds']))
     return sorted(out, key=lambda e: -e['obeys'][0])
 
@@ -128,3 +132,43 @@ def figure(
         a.grid(alpha=.3)
     names = '; '.join(f"{e['name']} obeys {100*e['obeys'][0]:.0f}% at {e['floors'][0]:.1f} floors" for e in rows)
     return Figure(fig, f'Two scatter plots of the paradigms. {names}')
+
+# %% ../../nbs/13_capstone/90_report_card.ipynb #a8022c09
+# ---- diffusion where chapter 20 measures GANs ----
+def diffusion_arm(
+    data,            # captioned digits
+    scale:str,       # smoke, demo or full
+    images:int,      # training pictures
+    seed:int,        # of weights, data and noise
+    precision:str,   # fp32 or bf16
+    factor:float=1., # on the recipe's learning rate
+    beta:float=.9,   # Adam's beta_1
+    w:float=1.,      # guidance
+)->object:           # draw(captions, seed) -> (n c h w)
+    "A DDPM that guesses the clean picture, trained like one of the GANs it is compared with"
+    config = recipe(data.shape[0], data.words, data.size, scale)
+    config |= dict(n_layers=0, lr=factor*config['lr'], betas=(beta,.95), half_life=images/10)
+    torch.manual_seed(seed)
+    tok,den = build(config)
+    den.target = x0
+    train_arm(den, tok, data, config, images, seed, precision)
+    return drawer(den, tok, data.shape, times(config, 25), w)
+
+# %% ../../nbs/13_capstone/90_report_card.ipynb #efa36e5e
+def experiments(
+    scale:str='demo', # smoke, demo or full
+    seeds=(0,1),      # of weights, data and noise
+):                    # yields ('key.path', value)
+    "Modes of stacked digits, and five settings, for diffusion: what `t2i run adversarial` measures for two GANs"
+    s,judge,precision = SWEEP[scale],load_judge('digits'),'bf16' if bf16_pays(pick_device()) else 'fp32'
+    stacked,digits = Stacked(),load('digits')
+    yield 'diffusion.setting',dict(images=s['images'], few=s['few'], stacked=s['stacked'], n=s['n'], precision=precision)
+    for seed in seeds:
+        draw = diffusion_arm(stacked, scale, s['images'], seed, precision)
+        x = draw([stacked.caption]*s['stacked'], seed).clamp(-1, 1)
+        yield f'diffusion.modes.seed{seed}',len(modes_of(x, judge).unique())
+        for i,(factor,beta) in enumerate(SETTINGS[:s['settings']]):
+            draw = diffusion_arm(digits, scale, s['few'], seed, precision, factor, beta, w=2.)
+            row = evaluate(draw, digits, judge, s['n'], seed, 0)
+            yield f'diffusion.settings.{i}.seed{seed}',dict(factor=factor, beta=beta, fd=row['fd'], recall=row['recall'],
+                                                            obedience_all=row['obedience']['all'])
