@@ -450,17 +450,22 @@ def report_card(
     seconds=None, # training time of each; default 120
 ):
     "Every recipe that stands for a paradigm, on painted digits with the same clock; pictures of the first seed beside the numbers"
-    from t2i_course.capstone.report_card import drawing_flops, experiments, training_memory
+    from t2i_course.capstone.report_card import drawing_flops, experiments, training_memory, variety
+    from t2i_course.core.metrics import load_judge
     from t2i_course.core.plots import mosaic
     seconds,drawn = seconds or (3 if current_scale()=='smoke' else 120),{}
+    data,judge = load('painted'),load_judge('painted')
     for recipe in RECIPES:
         paradigm = getattr(module(recipe), 'PARADIGM', None)
         if not paradigm: continue
-        put(res, f'row.{recipe}', measured_rows(recipe, 'painted', seeds, seconds, Path('runs')/'rows')|dict(paradigm=paradigm))
-        m = Model(Path('runs')/'rows'/f'{recipe}-painted-{seconds:g}s-{seeds[0]}')
+        found = measured_rows(recipe, 'painted', seeds, seconds, Path('runs')/'rows')
+        models = [Model(Path('runs')/'rows'/f'{recipe}-painted-{seconds:g}s-{s}') for s in seeds]
+        for r,m in zip(found['rows'], models): r['variety'] = variety(m.draw, data, judge, PROMPTS)
+        put(res, f'row.{recipe}', found|dict(paradigm=paradigm))
+        m = models[0]
         drawn[recipe] = m.draw(PROMPTS)
         put(res, f'row.{recipe}.multiply_adds', drawing_flops(m.den.painter(m.tok, m.config), PROMPTS[:4]))
-        put(res, f'row.{recipe}.memory', training_memory(m.den, m.tok, load('painted'), m.config['batch'], m.config['precision']))
+        put(res, f'row.{recipe}.memory', training_memory(m.den, m.tok, data, m.config['batch'], m.config['precision']))
         put(res, f'row.{recipe}.batch', m.config['batch'])
         write_json(path, res|dict(seconds=seconds, prompts=PROMPTS, pictures=list(drawn)))
     for key,value in experiments(current_scale(), seeds):

@@ -5,13 +5,15 @@ import pytest
 import torch
 from t2i_course import cli
 from t2i_course.capstone import report_card as rc
+from t2i_course.codec.vae import lookalikes
 from t2i_course.core.data import load
+from t2i_course.core.metrics import load_judge
 from torch import nn
 
 
 def row(recipe, obeys, fd, drawing):
     return dict(recipe=recipe, data="painted", obedience=dict(all=obeys, digit=obeys), heldout=dict(all=obeys - .1), fd=fd, fd_floor=2.,
-                precision=.9, recall=.8, nearest=.01, images=1000, params=500_000, params_trained=900_000, train_seconds=120., nfe=16,
+                precision=.9, recall=.8, variety=.7, nearest=.01, images=1000, params=500_000, params_trained=900_000, train_seconds=120., nfe=16,
                 seconds_per_1000=drawing, date="2026-01-01")
 
 
@@ -51,6 +53,13 @@ def test_training_memory_changes_nothing(recipe):
 def test_flops_of_a_known_product():
     layer = nn.Linear(30, 20)
     assert rc.drawing_flops(lambda captions, seed: layer(torch.randn(len(captions), 30)), ["a"] * 4) == pytest.approx(30 * 20 / 1e6)
+
+
+def test_variety_is_one_for_real_pictures_and_zero_for_one_picture_a_caption():
+    data, judge, said = load("painted"), load_judge("painted"), ["a bold blue zero on white", "a thin red two on white"]
+    real = rc.variety(lambda captions, seed: lookalikes(data, captions, seed + 1, chunk=20_000), data, judge, said)
+    one = rc.variety(lambda captions, seed: lookalikes(data, captions, 1)[:1].expand(len(captions), -1, -1, -1), data, judge, said)
+    assert .7 < real < 1.4 and one < 1e-4
 
 
 def test_rows_have_means_and_ranges_and_the_most_obedient_first(folder):

@@ -39,7 +39,7 @@ def _sparse(n_text:int, grid, near)->Tensor:
     mask[n_text:,n_text:] &= near((i//w)[:,None], (i%w)[:,None], (i//w)[None], (i%w)[None])
     return mask
 
-# %% ../../nbs/07_ar/71_dalle.ipynb #d99c9bfc
+# %% ../../nbs/07_ar/71_dalle.ipynb #3e0ffa7c
 # arXiv:2102.12092, appendix B.1 and figure 11
 def row_mask(
     n_text:int, # tokens of the caption
@@ -61,7 +61,7 @@ def conv_mask(
     grid,       # rows and columns of codes
     size:int=3, # side of the window, odd
 )->Tensor:      # (n n) bool
-    "A code looks at the earlier codes of a window around it"
+    "A code looks at the earlier codes of a window around it; the window ends at the edge (DALL-E's wraps around)"
     return _sparse(n_text, grid, lambda r,c,r2,c2: ((r-r2).abs()<=size//2)&((c-c2).abs()<=size//2))
 
 # %% ../../nbs/07_ar/71_dalle.ipynb #182c47b8
@@ -133,7 +133,7 @@ class Decoder(nn.Module):
         if cache is not None: cache.length = n
         return self.norm(x)
 
-# %% ../../nbs/07_ar/71_dalle.ipynb #50a76a05
+# %% ../../nbs/07_ar/71_dalle.ipynb #7dbd2e6a
 class Transformer(nn.Module):
     "One stream: the tokens of a caption, padded to n_text, and then the codes of its picture, row by row"
     def __init__(self,
@@ -159,7 +159,7 @@ class Transformer(nn.Module):
     def embed_words(self,
         ids:Tensor, # (b n_text) tokens
     )->Tensor:      # (b n_text d)
-        "Word and place; PAD and place together are a padding token of their own for each place, as in DALL-E"
+        "Word and place; PAD and place together differ from place to place, much like DALL-E's padding tokens"
         return self.words(ids)+self.place
     def embed_codes(self,
         codes:Tensor, # (b k) the codes start .. start+k-1 of each picture
@@ -241,11 +241,11 @@ def in_turns(
             took[k].append(time.perf_counter()-start)
     return took
 
-# %% ../../nbs/07_ar/71_dalle.ipynb #275db23d
+# %% ../../nbs/07_ar/71_dalle.ipynb #9d26b32b
 # ---- codes of the colours, codes of the shapes ----
 def own_colours(
     x:Tensor, # (b c h w) pictures
-)->tuple:     # centre (b c), axes (b c c), m (b c h w) within about [-1,1]: x = centre + axes @ m
+)->tuple:     # centre (b c), axes (b c c), m (b c h w) within about [-1,1]: x ~ centre + axes @ m
     "Turn the colours of each picture to its own main directions, and stretch each from -1 to 1; the rarer end is +1"
     with torch.autocast(x.device.type, enabled=False):
         f = x.flatten(2).float()
@@ -481,7 +481,7 @@ def sample_codes(
         codes = torch.cat([codes, pick(logits, u[:,k], temperature)[:,None]], 1)
     return codes
 
-# %% ../../nbs/07_ar/71_dalle.ipynb #e114a09f
+# %% ../../nbs/07_ar/71_dalle.ipynb #872f70d7
 # ---- re-ranking ----
 class Scorer(nn.Module):
     "A small CLIP (arXiv:2103.00020): picture and caption become unit vectors, their product says how well they fit"
@@ -490,7 +490,7 @@ class Scorer(nn.Module):
         n_words:int,         # size of the vocabulary
         n_text:int,          # tokens a caption
         dim:int=48,          # length of the vectors
-        widths=(32,48,64),   # channels of the convolutions; each halves the side
+        widths=(32,48,64),   # channels of the convolutions; all but the first halve the side
     ):
         super().__init__()
         ws = [4*channels, *widths]

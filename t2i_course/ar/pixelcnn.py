@@ -72,7 +72,7 @@ def gate(
     a,b = x.chunk(2, 1)
     return a.tanh()*b.sigmoid()
 
-# %% ../../nbs/07_ar/70_pixelcnn.ipynb #1cc28d9b
+# %% ../../nbs/07_ar/70_pixelcnn.ipynb #e9a8fe7b
 class Gated(nn.Module):
     "A vertical stack of all rows above, a horizontal stack of the codes to the left, which hears the vertical one"
     def __init__(self,
@@ -89,7 +89,6 @@ class Gated(nn.Module):
         self.cond = nn.Linear(d_cond, 4*width)
         self.map = nn.Conv2d(d_map, 4*width, 1) if d_map else None
         self.out_v,self.out_h = nn.Conv2d(width, width, 1),nn.Conv2d(width, width, 1)
-        for c in (self.out_v, self.out_h): nn.init.zeros_(c.weight); nn.init.zeros_(c.bias)
     def forward(self,
         v:Tensor,    # (b c h w) has seen the rows above
         h:Tensor,    # (b c h w) has seen all codes before
@@ -122,7 +121,7 @@ class Causal(nn.Module):
         a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return x+self.out(a.transpose(1, 2).reshape(b, h*w, c)).transpose(1, 2).view(b, c, h, w)
 
-# %% ../../nbs/07_ar/70_pixelcnn.ipynb #e51a64cf
+# %% ../../nbs/07_ar/70_pixelcnn.ipynb #6065af71
 class PixelCNN(nn.Module):
     "Logits of every code, each from the codes before it, the caption, and for a fine grid the coarse codes"
     def __init__(self,
@@ -136,7 +135,7 @@ class PixelCNN(nn.Module):
     ):
         super().__init__()
         self.n_codes,self.grid = n_codes,tuple(grid)
-        self.table = nn.Embedding(n_codes, width)
+        self.table,self.cond = nn.Embedding(n_codes, width),nn.Linear(d_cond, width)
         self.place = nn.Parameter(torch.randn(width, *grid)*.02)
         if above:
             self.table_above = nn.Embedding(above, width)
@@ -155,8 +154,11 @@ class PixelCNN(nn.Module):
         around:Tensor=None, # (b width h w), as from `look`
     )->Tensor:         # (b n_codes r w)
         r = e.shape[2]
-        if around is not None: around = around[:,:,:r]
-        v,h = down(e)+self.place[:,:r],before(e)+self.place[:,:r]
+        told = self.cond(pooled)[:,:,None,None]+self.place[:,:r] # known everywhere from the start: not only to the gates
+        if around is not None:
+            around = around[:,:,:r]
+            told = told+around
+        v,h = down(e)+told,before(e)+told
         for i,block in enumerate(self.blocks):
             v,h = block(v, h, pooled, around)
             if str(i) in self.attend: h = self.attend[str(i)](h)
@@ -322,10 +324,10 @@ def recipe_for(
     return dict(recipe='pixelcnn', data=data.name, shape=list(data.shape), words=list(data.words), max_len=data.size,
                 half_life=10_000, hide=.1, blind=.1, p_drop=.1, share=.4, temperature=.8, guidance=3., **SIZES[scale])
 
-# %% ../../nbs/07_ar/70_pixelcnn.ipynb #cfa2ff57
+# %% ../../nbs/07_ar/70_pixelcnn.ipynb #eda2a42c
 class TwoLevelModel(TwoStage):
     "VQ-VAE-2: the codec of two levels, then both priors at once"
-    def calls(self, config:dict)->int: # network calls for one picture: one a code, two with guidance
+    def calls(self, config:dict)->int: # as in TwoStage
         return sum(math.prod(g) for g in self.codec.grids(config['shape']))*(2 if config['guidance']!=1 else 1)
 
 # %% ../../nbs/07_ar/70_pixelcnn.ipynb #94817a3e

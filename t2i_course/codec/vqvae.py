@@ -192,7 +192,7 @@ class VQVAE(nn.Module):
         y,q = self(x, draws)
         return (y-x).square().flatten(1).mean(1)+q.loss
 
-# %% ../../nbs/03_codec/25_vqvae.ipynb #696c3166
+# %% ../../nbs/03_codec/25_vqvae.ipynb #5603c8af
 class TwoStage:
     "A codec, and then a prior over its codes: two stages of one run"
     options = ('temperature','guidance')
@@ -217,7 +217,8 @@ class TwoStage:
         return self
     def codec_loss(self, x0, cond, draws): return self.codec.loss(x0, draws)
     def prior_loss(self, x0, cond, draws): return self.prior.loss(self.codec.codes(x0), cond, draws)
-    def calls(self, config): return math.prod(self.codec.grid(config['shape']))
+    def calls(self, config:dict)->int: # network calls for one picture: one a code, two with guidance
+        return math.prod(self.codec.grid(config['shape']))*(2 if config.get('guidance', 1)!=1 else 1)
     def painter(self,
         tok,         # captions -> Cond
         config:dict, # as from a recipe
