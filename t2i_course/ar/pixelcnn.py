@@ -416,10 +416,10 @@ def kept(
     read = {k:judge.read(model.codec.decode_codes(c).float()) for k,c in ways.items()}
     return {a:{k:(r[a]==v).double().mean().item() for k,r in read.items()} for a,v in b.attrs.items()}
 
-# %% ../../nbs/07_ar/70_pixelcnn.ipynb #22985bb5
+# %% ../../nbs/07_ar/70_pixelcnn.ipynb #2769d05b
 # ---- the sweep beside the chapter ----
 SWEEP = dict(smoke=dict(codec=128, images=128, n=12, read=64, painted=96, ways=((1.,1.),(.9,2.))),
-             demo=dict(codec=12_000, images=10_000, n=400, read=4_000, painted=12_000,
+             demo=dict(codec=12_000, images=10_000, n=400, read=4_000, painted=40_000,
                        ways=((1.,1.),(.7,1.),(1.,2.),(.7,2.),(.8,3.),(.8,5.))),
              full=dict(codec=2_000_000, images=2_000_000, n=5_000, read=20_000, painted=4_000_000,
                        ways=((1.,1.),(.7,1.),(1.,2.),(.7,2.),(.8,3.),(.8,5.))))

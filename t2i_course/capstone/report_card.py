@@ -127,7 +127,7 @@ def text_table(
     wide = [max(map(len, column)) for column in zip(head, *rows)]
     return '\n'.join('  '.join(f'{v:<{w}}' if i<2 else f'{v:>{w}}' for i,(v,w) in enumerate(zip(r, wide))) for r in (head, *rows))
 
-# %% ../../nbs/13_capstone/90_report_card.ipynb #3fae476b
+# %% ../../nbs/13_capstone/90_report_card.ipynb #57bb4746
 def figure(
     rows:list,  # as from `entries`
     floor:float=1., # of the Frechet distance, in floors
@@ -137,13 +137,12 @@ def figure(
     fig = Canvas(figsize=(9, 3.6), dpi=DPI, layout='constrained')
     left,right = fig.subplots(1, 2)
     for e,c in zip(rows, COLOURS):
-        left.errorbar(e['floors'][0], 100*e['obeys'][0], xerr=e['floors'][1]/2, yerr=50*e['obeys'][1], fmt='o', color=c)
+        left.errorbar(e['floors'][0], 100*e['obeys'][0], xerr=e['floors'][1]/2, yerr=50*e['obeys'][1], fmt='o', color=c, label=e['name'])
         right.scatter(e['drawing'][0], e['recall'][0], s=40, color=c)
-        right.annotate(e['name'], (e['drawing'][0], e['recall'][0]), xytext=(5, 4), textcoords='offset points', fontsize=8)
-        left.annotate(e['name'], (e['floors'][0], 100*e['obeys'][0]), xytext=(5, -9), textcoords='offset points', fontsize=8)
+    fig.legend(loc='outside right upper', frameon=False, fontsize=8)
     left.axvline(floor, color='gray', lw=.8, ls=':')
     left.set(xscale='log', xlabel='Frechet distance, multiples of real against real', ylabel='obeys the caption, %', title='how good')
-    right.set(xscale='log', xlabel='seconds per 1,000 pictures, two cores', ylabel='recall', title='at what price')
+    right.set(xscale='log', xlabel='seconds per 1,000 pictures', ylabel='recall', title='at what price')
     for a in (left, right):
         a.spines[['top','right']].set_visible(False)
         a.grid(alpha=.3)
