@@ -268,7 +268,8 @@ def test_learns_and_draws(name):
     best = model.painter(tok, config | dict(candidates=3))(captions, 0)
     assert one.shape == best.shape == (3, *data.shape) and one.isfinite().all() and not torch.equal(one, best)
     assert torch.equal(one, model.painter(tok, config)(captions, 0))
-    assert set(model.options) == {"temperature", "guidance", "candidates"} and model.calls(config | dict(guidance=1.)) == model.prior.net.n_image == model.calls(config | dict(guidance=2.)) // 2
+    assert set(model.options) == {"temperature", "guidance", "candidates"}
+    assert model.calls(config | dict(guidance=1.)) == model.prior.net.n_image == model.calls(config | dict(guidance=2.)) // 2
 
 
 def test_experiments_cover_the_rows():
