@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from t2i_course.core.data import CourseError, Draws, load, results_path, scale as current_scale
 from t2i_course.core.ema import state_for
-from t2i_course.core.training import bf16_pays, feed, pick_device, train
+from t2i_course.core.training import ALONE, bf16_pays, feed, pick_device, train
 from t2i_course.runs import (Stopped, config_hash, cut_log, follow, load_tensors, read_config, save_tensors,
                              write_json, write_whole)
 from t2i_course.runs import resume as take_up
@@ -15,11 +15,11 @@ from t2i_course.runs import resume as take_up
 def at(part, *names)->dict: return {name:f't2i_course.{part}.{name}' for name in names}
 
 RECIPES = (dict(gan='t2i_course.gan.adversarial') | at('gan', 'stylegan2', 'biggan', 'text_gan')
-           | at('codec', 'vae', 'vqvae', 'vqvae2', 'dvae') | at('diffusion', 'ddpm') | at('flow', 'flow_matching')
+           | at('codec', 'vae', 'vqvae', 'vqvae2', 'dvae') | at('diffusion', 'ddpm') | at('transformer', 'dit') | at('flow', 'flow_matching')
            | at('ar', 'pixelcnn', 'dalle', 'parti', 'cm3leon'))
 CHAPTERS = ({RECIPES[k].split('.')[-1]:RECIPES[k] for k in RECIPES} | at('core', 'metrics')
             | at('diffusion', 'schedules', 'samplers', 'preconditioning', 'guidance', 'terminal_snr')
-            | at('capstone', 'report_card'))
+            | at('scale', 'mixed_precision', 'fsdp', 'pipeline', 'recipes') | at('capstone', 'report_card'))
 DATA = 'digits, painted, painted2, mnist, fashion, cifar10 or a folder'
 # the clock when neither --images nor --seconds is given
 IMAGES = dict(smoke=2_048, demo=100_000, full=100_000_000)
@@ -53,6 +53,15 @@ def between(value, low, high, name:str, whole:bool=False):
         raise CourseError(f"{name} must be {kind}from {low:g} to {high:g}; got {value:g}")
     return value
 
+def open_data(
+    name, # a data set, a folder of captioned images, or a folder made by t2i prepare
+):
+    "Any data of the course; shards read like pictures"
+    if Path(name).is_dir():
+        from t2i_course.scale.recipes import Shards, is_shards
+        if is_shards(name): return Shards(name)
+    return load(name)
+
 def installed()->str:
     "The version of the installed package, or 'source'"
     try: return metadata.version('t2i_course')
@@ -78,7 +87,7 @@ def command()->str:
 # ---- train ----
 def settings(recipe, data, scale, seconds, images, seed, precision, changes=None)->dict:
     "The config of a new run: everything needed to make the same model again"
-    mod,ds = module(recipe),load(data)
+    mod,ds = module(recipe),open_data(data)
     if hasattr(mod, 'recipe_for'): config = mod.recipe_for(ds, scale, seconds)
     else: config = mod.recipe(ds.shape[0], ds.words, ds.size, scale)
     if images is None and seconds is None: images = IMAGES[scale]
@@ -112,14 +121,19 @@ def train_run(
     quiet=False,           # no progress bar
     save_every=20.,        # seconds between checkpoints
     changes=None,          # entries of the recipe to replace in a new run
+    shard=None,            # ddp or fsdp, under torchrun: how the processes share the work
+    **outside,             # what comes from outside the network, see `fit_run`
 )->Path:                   # the run folder
-    "Train a recipe; leaves config.json, model.safetensors, checkpoint.safetensors and log.jsonl"
+    "Train a recipe; leaves config.json, model.safetensors, a checkpoint and log.jsonl"
     if seconds and images: raise CourseError('give either --seconds or --images, not both')
     between(seconds, 1e-3, 1e8, '--seconds')
     between(images, 1, 1e12, '--images', whole=True)
     between(seed, 0, 2**62, '--seed', whole=True)
-    out = Path(out or f'runs/{recipe}-{Path(data).name}-{seed}')
-    if (out/'config.json').exists():
+    out,ranks = Path(out or f'runs/{recipe}-{Path(data).name}-{seed}'),sharers(shard)
+    if ranks.rank: # process 0 has written it, or has stopped with a sentence
+        ranks.wait()
+        config = read_config(out)
+    elif (out/'config.json').exists():
         if not resume:
             raise CourseError(f'{out} already holds a run: go on with it by --resume, '
                               'or choose another --out')
@@ -133,34 +147,74 @@ def train_run(
         if resume: say(f'{out} holds no run yet: starting from the beginning')
         config = settings(recipe, data, scale or current_scale(), seconds, images, seed, precision, changes)
         write_json(make_folder(out)/'config.json', config)
-    fit_run(out, config, quiet, save_every)
+    if ranks.rank==0: ranks.wait()
+    try: fit_run(out, config, quiet, save_every, ranks, shard, **outside)
+    finally: ranks.close()
     return out
 
-def fit_run(out:Path, config:dict, quiet:bool=False, save_every:float=20.):
-    "The training itself: everything comes from the config"
-    device,ds = pick_device(),load(config['data'])
-    torch.set_num_threads(min(config['threads'], os.cpu_count() or 1))
+def sharers(
+    shard=None, # ddp, fsdp or None
+)->object:      # a scale.fsdp.Ranks, or Alone
+    "The processes that torchrun has started, or this one alone"
+    n = int(os.environ.get('WORLD_SIZE', 1))
+    if shard is None:
+        if n>1: raise CourseError(f'torchrun has started {n} processes: say how they share the work, --shard ddp or --shard fsdp')
+        return ALONE
+    if 'RANK' not in os.environ:
+        raise CourseError(f'--shard {shard} needs processes: torchrun --nproc-per-node 2 -m t2i_course train ... --shard {shard}')
+    from t2i_course.scale.fsdp import Ranks
+    return Ranks()
+
+def fit_run(
+    out:Path,           # run folder
+    config:dict,        # everything that makes the run what it is
+    quiet:bool=False,   # no progress bar
+    save_every:float=20.,# seconds between checkpoints
+    ranks=ALONE,      # the processes that share the work
+    shard:str=None,     # ddp or fsdp
+    checkpointing:bool=False,# compute activations again instead of keeping them
+    compiled:bool=False,# torch.compile, block by block
+    accumulate:int=1,   # micro-batches a step
+):
+    "The training itself: what the model becomes is in the config, how the work is done in the other arguments"
+    device,ds = pick_device(),open_data(config['data'])
+    if ranks.size==1: torch.set_num_threads(min(config['threads'], os.cpu_count() or 1))
     torch.manual_seed(config['seed'])
     tok,den = module(config['recipe']).build(config)
     den.net.to(device); den.to(device)
+    called = den.net
+    if shard or checkpointing or compiled:
+        if not callable(den.loss):
+            raise CourseError(f"{config['recipe']} trains in turns, each with weights of its own: --shard, --checkpointing "
+                              'and --compile are for recipes with one loss, such as ddpm, flow_matching or dit')
+        from t2i_course.scale.fsdp import parallelize
+        called = parallelize(den.net, shard or 'none', config['precision'], checkpointing, compiled, ranks if shard else None)
     state = state_for(den, config, config['precision'])
-    saved = take_up(state, out, config)
+    den.net = called
+    saved = take_up(state, out, config, shard is not None)
     if saved is not None:
         if finished(out, state, config):
-            return say(f'{out} is trained to the end already: nothing was changed')
-        say(f'going on at {state.images:,} images')
-    cut_log(out, state.step)
-    head_start(state, ds, tok, den, config, saved)
+            return say(f'{out} is trained to the end already: nothing was changed') if ranks.rank==0 else None
+        if ranks.rank==0: say(f'going on at {state.images:,} images')
+    if ranks.rank==0: cut_log(out, state.step)
+    head_start(state, ds, tok, den, config, saved, ranks)
     tables = den.skip.tables if getattr(den, 'skip', None) is not None else {}
-    records = train(state, den.loss, feed(ds, tok), images=config['images'], seconds=config['seconds'],
-                    batch=config['batch'], seed=config['seed'], clip=config.get('clip', 1.))
-    bar = progress_bar(state, config, quiet)
-    with open(out/'log.jsonl', 'a') as log:
-        for r in follow(state, records, out, config, tables, save_every):
+    records = train(state, den.loss, feed(ds, tok), images=config['images'], seconds=config['seconds'], accumulate=accumulate,
+                    batch=config['batch'], seed=config['seed'], clip=config.get('clip', 1.), ranks=ranks)
+    bar = progress_bar(state, config, quiet or ranks.rank)
+    with open(out/'log.jsonl' if ranks.rank==0 else os.devnull, 'a') as log:
+        for r in follow(state, records, out, config, tables, save_every, ranks, shard is not None):
+            if shard and not quiet and r.step==1: say(share_line(state, ranks))
             bar(r)
             if r.step%20==0: print(log_line(r), file=log, flush=True)
     bar(None)
-    write_model(out, state, tables, config, getattr(den, 'artist', den.net))
+    write_model(out, state, tables, config, getattr(den, 'artist', den.net), ranks)
+
+def share_line(state, ranks)->str:
+    "What this process holds of the run"
+    from t2i_course.scale.fsdp import held
+    parts = ', '.join(f'{k} {v/2**20:.2f} MB' for k,v in held(state).items())
+    return f'process {ranks.rank} of {ranks.size} holds: {parts}'
 
 def finished(out:Path, state, config:dict)->bool:
     "Is the model of a run written and whole, and its budget used?"
@@ -172,7 +226,7 @@ def finished(out:Path, state, config:dict)->bool:
         return False
     return (out/'train.json').exists()
 
-def head_start(state, ds, tok, den, config:dict, saved:dict):
+def head_start(state, ds, tok, den, config:dict, saved:dict, ranks=ALONE):
     "Fit the closed-form skip, or take it from the checkpoint; its time counts as training"
     if getattr(den, 'skip', None) is None: return
     if saved:
@@ -181,18 +235,21 @@ def head_start(state, ds, tok, den, config:dict, saved:dict):
     from t2i_course.diffusion.preconditioning import fit_skip
     start = time.perf_counter()
     fit_skip(den, ds, tok, config['fit_images'], config['seed'])
-    state.seconds += time.perf_counter()-start
+    ranks.same(den.skip.tables) # each process has fitted it; the last bit may differ from one to the other
+    state.seconds += ranks.first(time.perf_counter()-start)
 
 def log_line(r)->str:
     "A record as a line of log.jsonl"
     return json.dumps(dict(step=r.step, images=r.images, seconds=round(r.seconds, 2), loss=round(r.loss, 5)))
 
-def write_model(out:Path, state, tables:dict, config:dict, artist):
+def write_model(out:Path, state, tables:dict, config:dict, artist, ranks=ALONE):
     "The averaged weights last: where model.safetensors is, the run is complete"
+    shadow = {k:ranks.whole(v) for k,v in state.ema.shadow.items()} # together, before process 0 goes on alone
+    if ranks.rank: return
     params,trained = (sum(p.numel() for p in m.parameters()) for m in (artist, state.net)) # a GAN draws with half of it
     write_json(out/'train.json', dict(images=state.images, seconds=state.seconds, steps=state.step,
                                       params=params, params_trained=trained, date=str(date.today())))
-    tensors = {f'net.{k}':v for k,v in state.ema.shadow.items()}
+    tensors = {f'net.{k}':v for k,v in shadow.items()}
     tensors |= {f'skip.{k}':v for k,v in tables.items()}
     save_tensors(out/'model.safetensors', tensors, config=config_hash(config))
 
@@ -296,7 +353,7 @@ def eval_run(
     from t2i_course.core.metrics import evaluate
     m = Model(run)
     c,t = m.config,json.loads((m.run/'train.json').read_text())
-    row = evaluate(m.draw, load(c['data']), n=n, seed=seed)|dict(
+    row = evaluate(m.draw, open_data(c['data']), n=n, seed=seed)|dict(
         recipe=c['recipe'], params=t['params'], params_trained=t.get('params_trained', t['params']),
         images=t['images'], train_seconds=t['seconds'], steps=t['steps'], train_seed=c['seed'],
         nfe=m.den.calls(c), **{k:c[KEYS.get(k, k)] for k in m.den.options if k!='steps'},
@@ -434,7 +491,7 @@ def run_chapter(
     res = (json.loads(path.read_text()) if path.exists() else {})|stamp(name, seeds)
     if name=='report_card': return report_card(res, path, seeds, seconds)
     seconds = seconds or (3 if current_scale()=='smoke' else 60)
-    for data in dict(ddpm=['digits','painted'], flow_matching=['painted']).get(name, []):
+    for data in dict(ddpm=['digits','painted'], dit=['painted'], flow_matching=['painted']).get(name, []):
         put(res, f'row.{data}', measured_rows(name, data, seeds, seconds, Path('runs')/'rows'))
         write_json(path, res)
     for key,value in mod.experiments(current_scale(), seeds):
@@ -476,7 +533,7 @@ def report_card(
     print(f'wrote {path}')
 
 def bench(
-    what='painted',        # painted or digits
+    what='painted',        # painted, digits or speed
     seconds=None,          # training times; painted: 60 180, digits: bench.BUDGETS
     seeds=None,            # of the runs; painted: 0 1, digits: 0 1 2
     peers=None,            # digits: which published recipes to run beside ours
@@ -485,8 +542,9 @@ def bench(
     "Quality against training time of the demo's recipe"
     seeds = seeds or ((0,1) if what=='painted' else (0,1,2))
     path,res = result_file(out, f'bench_{what}'),stamp('bench', seeds)
+    from t2i_course import bench as clock
+    if what=='speed': return clock.speed(res, path, pick_device(), say)
     if what=='digits':
-        from t2i_course import bench as clock
         budgets = dict.fromkeys(clock.BUDGETS, tuple(seconds)) if seconds else None
         peers = clock.PEERS if peers is None else peers
         return clock.digits(res, path, budgets, seeds, tuple(peers), say=say)
@@ -590,8 +648,9 @@ def cmd_train(a):
         a.recipe = recipe
     if not a.recipe: raise CourseError(f"say which recipe to train: {', '.join(RECIPES)}")
     out = train_run(a.recipe, a.data, a.scale, a.seconds, a.images, a.seed, a.out, a.resume, a.precision,
-                    a.quiet, a.save_every)
-    print(f'{out}: trained. Draw with: t2i sample {out} --prompt "..." --out picture.png')
+                    a.quiet, a.save_every, shard=a.shard, checkpointing=a.checkpointing, compiled=a.compile,
+                    accumulate=between(a.accumulate, 1, 4096, '--accumulate', whole=True))
+    if not int(os.environ.get('RANK', 0)): print(f'{out}: trained. Draw with: t2i sample {out} --prompt "..." --out picture.png')
 
 def cmd_sample(a):
     "t2i sample"
@@ -634,6 +693,23 @@ def cmd_data(a):
     write_npz(a.out, **arrays)
     print(f"wrote {a.n} captioned picture{'s'*(a.n!=1)} ({a.name}, {a.split}) to {a.out}")
 
+def cmd_prepare(a):
+    "t2i prepare"
+    from tqdm import tqdm
+    from t2i_course.scale.recipes import prepare
+    between(a.images, 1, 1e12, '--images', whole=True)
+    between(a.shard_size, 1, 1e8, '--shard-size', whole=True)
+    between(a.seed, 0, 2**62, '--seed', whole=True)
+    codec = Model(a.codec).den if a.codec else None
+    if codec is not None and not hasattr(codec, 'codec'):
+        raise CourseError(f'{a.codec} is a run without a codec: train one with t2i train vae')
+    make_folder(a.out)
+    with tqdm(total=a.images, unit='img', disable=a.quiet, file=sys.stderr) as bar:
+        prepare(open_data(a.data), a.out, a.images, codec and codec.codec, shard_size=a.shard_size, split=a.split, seed=a.seed,
+                store=a.store, progress=lambda n: bar.update(n-bar.n))
+    print(f'{a.out}: {a.images:,} images in shards. '+('Read the latents with scale.recipes.Shards and the codec' if a.codec else
+                                                       f'Train on them with: t2i train RECIPE --data {a.out}'))
+
 def first_seeds(n)->tuple:
     "0, 1, ... n-1"
     return tuple(range(between(n, 1, 100, '--seeds', whole=True)))
@@ -668,6 +744,10 @@ def add_train(command):
     a('--out', metavar='RUN', help='run folder (default runs/RECIPE-DATA-SEED)')
     a('--save-every', type=float, default=20., metavar='N', help='seconds between checkpoints (default 20)')
     a('--quiet', action='store_true', help='no progress bar')
+    a('--shard', choices=['ddp','fsdp'], help='under torchrun: a copy of the model in each process, or a shard of it')
+    a('--accumulate', type=int, default=1, metavar='N', help='micro-batches a step (default 1)')
+    a('--checkpointing', action='store_true', help='compute activations again in the backward pass instead of keeping them')
+    a('--compile', action='store_true', help='torch.compile, block by block')
 
 def add_sample(command):
     "Options of t2i sample"
@@ -703,9 +783,19 @@ def add_rest(command):
     a('--n', type=int, default=1000, metavar='N', help='pictures (default 1000)')
     a('--seed', type=int, default=0, metavar='N', help='of every random number (default 0)')
     a('--out', required=True, metavar='FILE', help='file.npz')
-    a = command('bench', 'quality against training time (results/bench_painted.json, bench_digits.json)', cmd_bench)
-    a('what', nargs='?', choices=['painted','digits'], default='painted',
-      help='painted digits, or MNIST beside two published recipes (about an hour); default painted')
+    a = command('prepare', 'write captioned pictures, or their latents, to shards that training reads by index', cmd_prepare)
+    a('data', help=DATA)
+    a('--images', type=int, required=True, metavar='N', help='how many')
+    a('--out', required=True, metavar='FOLDER', help='of the shards; prepare again to go on after an interruption')
+    a('--split', default='train', help='train, test, or painted: heldout (default train)')
+    a('--shard-size', type=int, default=4096, metavar='N', help='images a shard (default 4096)')
+    a('--codec', metavar='RUN', help='a trained vae run: store its latents instead of pictures')
+    a('--store', choices=['float32','float16','uint8'], default='float32', help='how numbers are kept (default float32, which is exact)')
+    a('--seed', type=int, default=0, metavar='N', help='of the pictures (default 0)')
+    a('--quiet', action='store_true', help='no progress bar')
+    a = command('bench', 'quality against training time (results/bench_painted.json, bench_digits.json, bench_speed.json)', cmd_bench)
+    a('what', nargs='?', choices=['painted','digits','speed'], default='painted',
+      help='painted digits, MNIST beside two published recipes (about an hour), or steps of U-Net and DiT beside diffusers; default painted')
     a('--seconds', type=float, nargs='+', metavar='N', help='training times (default painted 60 180, digits 2.5 to 240)')
     a('--seeds', type=int, metavar='N', help='how many (default painted 2, digits 3)')
     a('--peers', nargs='*', choices=['diffusers','torchcfm'], help='digits: which of the published recipes (default both)')
@@ -733,6 +823,10 @@ def parser()->Parser:
     add_rest(command)
     return p
 
+def lost(e:RuntimeError)->bool:
+    "Does this error say that another process is gone?"
+    return any(w in str(e).lower() for w in ('connection', 'peer', 'timed out', 'nccl', 'socket', 'gloo'))
+
 def main(argv=None)->int:
     "Entry point; a mistake of the user is one sentence and exit code 2"
     try:
@@ -742,6 +836,11 @@ def main(argv=None)->int:
     except Stopped as e: say(f'\nt2i: {e}'); return 130
     except KeyboardInterrupt: say('\nt2i: stopped'); return 130
     except BrokenPipeError: return 1
+    except RuntimeError as e: # gloo and NCCL report a lost process in many words
+        if int(os.environ.get('WORLD_SIZE', 1))==1 or not lost(e): raise
+        say(f"t2i: process {os.environ['RANK']} has lost another one ({str(e).splitlines()[0][:120]}). "
+            'Go on from the last checkpoint: the same command with --resume.')
+        return 3
     except OSError as e: # a disk that fills up while a line is logged, a file without the right to read it
         if not e.filename and e.errno!=errno.ENOSPC: raise
         what = f'{e.strerror}: {e.filename}' if e.filename else e.strerror

@@ -6,6 +6,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from t2i_course.core.data import CourseError
+from t2i_course.core.training import ALONE
 
 def write_whole(
     path,  # where to
@@ -107,7 +108,7 @@ def asked_to_stop():
     "Yields a function that says whether Ctrl-C or SIGTERM came; the second Ctrl-C stops at once"
     seen = []
     def note(signum, frame):
-        if seen: raise KeyboardInterrupt
+        if signum==signal.SIGINT and signal.SIGINT in seen: raise KeyboardInterrupt # a launcher may send SIGTERM twice
         seen.append(signum)
     old = {s:signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try: yield lambda: bool(seen)
@@ -121,31 +122,42 @@ def follow(
     config:dict,    # settings of the run; a checkpoint of another config is refused
     extra:dict=None,# further tensors to keep with the run (a fitted skip)
     every:float=20.,# seconds between checkpoints
+    ranks=ALONE,  # the processes that share the work: they save together
+    sharded:bool=False, # each process writes what it holds, in a folder
 ):                  # yields the records
     "Train with a safety net: checkpoints as time passes, on Ctrl-C, on SIGTERM and at the end"
     run = Path(run)
     def save():
+        if sharded:
+            from t2i_course.scale.fsdp import save_sharded
+            return save_sharded(state, run, dict(config=config_hash(config)), extra)
         tensors = state.tensors()|{f'extra.{k}':v for k,v in (extra or {}).items()}
         save_tensors(run/'checkpoint.safetensors', tensors, config=config_hash(config), **state.numbers())
     last = time.monotonic()
     with asked_to_stop() as stop:
         for r in records:
             yield r
-            if stop():
+            asked,late = ranks.sum(stop(), ranks.rank==0 and time.monotonic()-last>every)
+            if asked:
                 save()
                 raise Stopped(f'stopped at {r.images:,} images and saved; go on with --resume')
-            if time.monotonic()-last>every: save(); last = time.monotonic()
+            if late: save(); last = time.monotonic()
         save()
 
 def resume(
     state,       # a fresh State of the same network
     run,         # run folder
     config:dict, # settings of the run
+    sharded:bool=False, # the state is shared among processes
 )->dict:         # the extra tensors; None when there is no checkpoint yet
     "Load the last checkpoint into the state; clears away what a killed process left half-written"
     path = Path(run)/'checkpoint.safetensors'
     for part in Path(run).glob('.*.part'): part.unlink(missing_ok=True)
+    if any(Path(run).glob('checkpoint-*')): # written by processes together; any number of them can read it, one as well
+        from t2i_course.scale.fsdp import load_sharded
+        return load_sharded(state, run, dict(config=config_hash(config)))
     if not path.exists(): return None
+    if sharded: raise CourseError(f'{path} was written by a single process: go on without torchrun, or train into another folder.')
     tensors,note = load_tensors(path)
     if note.get('config')!=config_hash(config):
         raise CourseError(f'{path} belongs to a run with other settings. Resume with the settings in '

@@ -119,3 +119,19 @@ def test_recipe_for_follows_data_and_time():
 def test_torchcfm_missing_says_what_to_do(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchcfm.models.unet", None)
     with pytest.raises(CourseError, match="pip install torchcfm"): bench.TorchCFM()
+
+
+def test_speed_compares_the_same_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("T2I_SCALE", "smoke")
+    assert cli.main(["bench", "speed", "--out", str(tmp_path / "speed.json")]) == 0
+    res = json.loads((tmp_path / "speed.json").read_text())
+    assert "times as fast as diffusers" in capsys.readouterr().err
+    assert res["dit"]["apart"] < 1e-4, "the same weights give the same pictures"
+    assert res["dit"]["params"]["ours"] <= res["dit"]["params"]["diffusers"] # theirs has an embedder in every block
+    for pair in ("unet", "dit"):
+        ours, theirs = (res[pair]["multiply_adds"][k] for k in ("ours", "diffusers"))
+        assert abs(ours / theirs - 1) < .1
+        for kind in ("fp32 train", "fp32 draw", "bf16 train", "bf16 draw"):
+            ratio = res[pair][kind]["times_faster"]["diffusers"]
+            assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"] and res[pair][kind]["share_of_peak"]["ours"] > 0
+        assert res[pair]["fp32 memory"]["ours"] > 0

@@ -64,7 +64,7 @@ def test_interrupted_and_resumed_is_the_same_run(recipe, runs, tmp_path, monkeyp
     "Stopped after the third step and once more near the end: the same bytes."
     straight, out = runs(recipe), tmp_path / "r"
     real, left = cli.follow, [3, 2]
-    def follow(state, records, run, config, extra=None, every=20.):
+    def follow(state, records, run, config, extra=None, every=20., *more):
         for i, record in enumerate(real(state, records, run, config, extra, 0.), 1):
             yield record
             if left and i == left[0] + 1:
