@@ -189,7 +189,7 @@ def load_sharded(
     if numbers['scaler']: state.scaler.load_state_dict(numbers['scaler'])
     return parts['extra']
 
-# %% ../../nbs/12_scale/86_fsdp.ipynb #008ae080
+# %% ../../nbs/12_scale/86_fsdp.ipynb #c536b3f1
 # ---- the same small run on any number of processes ----
 def trial(
     out,             # folder: process 0 leaves end.pt, each process held-RANK.json
@@ -245,7 +245,7 @@ def launch(
     "Start processes with torchrun on this machine's processor, wait, read what they left behind"
     code = [sys.executable, '-c', 'from t2i_course.scale.fsdp import trials; trials()', json.dumps([o|dict(out=str(o['out'])) for o in todo])]
     run = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(size), '--no-python']
-    home = str(Path(__file__).resolve().parents[2])
+    home = str(Path(sys.modules['t2i_course'].__path__[0]).resolve().parent)
     env = os.environ|dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', PYTHONPATH=os.pathsep.join([home, os.environ.get('PYTHONPATH', '')]))
     done = subprocess.run((run if size>1 else [])+code, env=env, capture_output=True, text=True, timeout=limit)
     if done.returncode: raise CourseError(f'{size} processes ended with code {done.returncode}: {done.stderr[-2000:]}')

@@ -394,12 +394,12 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
-# %% ../../nbs/12_scale/87_pipeline.ipynb #98d3813c
+# %% ../../nbs/12_scale/87_pipeline.ipynb #a6955c55
 SWEEP = dict(
-    smoke=dict(n=24, draw=3, digits=TINY|dict(steps=2), painted=TINY|dict(steps=2, vae_images=64)),
-    demo=dict(n=400, draw=12, digits=dict(steps=200, warmup=12, vae_images=3_000),
+    smoke=dict(data=('digits','painted'), n=24, draw=3, digits=TINY|dict(steps=2), painted=TINY|dict(steps=2, vae_images=64)),
+    demo=dict(data=('digits',), n=400, draw=12, digits=dict(steps=200, warmup=12, vae_images=3_000),
               painted=dict(steps=450, warmup=25, vae_images=12_000, vae_seen=.1)),
-    full=dict(n=2_000, draw=50, digits=dict(steps=20_000, warmup=500, vae_images=200_000),
+    full=dict(data=('digits','painted'), n=2_000, draw=50, digits=dict(steps=20_000, warmup=500, vae_images=200_000),
               painted=dict(steps=100_000, warmup=1_000, vae_images=1_000_000, vae_widths=(64,128,256), widths=(128,256))))
 
 def ours(
@@ -432,11 +432,11 @@ def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # of text encoder, U-Net, order and noise; the autoencoder is shared
 ):                    # yields ('key.path', value)
-    "The pipeline's rows on digits and on painted digits, with what its autoencoder alone would get"
+    "The pipeline's rows, with what its autoencoder alone would get; painted digits only at full scale"
     sweep = SWEEP[scale]
     yield 'setting',dict(n=sweep['n'], steps=sweep['draw'], guidance=2., seeds=list(seeds),
-                         **{name:asdict(ours(name, scale)) for name in ('digits','painted')})
-    for name in ('digits','painted'):
+                         **{name:asdict(ours(name, scale)) for name in sweep['data']})
+    for name in sweep['data']:
         data,vae = load(name),None
         judge,n = judge_for(data),at_most(data, sweep['n'])
         for seed in seeds:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PEAKS', 'PRICES', 'STORES', 'TOLD', 'PRESETS', 'Kept', 'kept', 'count', 'n_params', 'of_recipe', 'memory',
-           'allocated', 'most', 'macs', 'hours', 'cost', 'matmul_peak', 'of_published', 'stored', 'restored',
+           'allocated', 'most', 'macs', 'hours', 'cost', 'measured_peak', 'of_published', 'stored', 'restored',
            'make_shard', 'prepare', 'is_shards', 'epoch_groups', 'mixed', 'numbers', 'Shards', 'command', 'slurm',
            'preset_row', 'experiments']
 
@@ -212,20 +212,25 @@ def cost(
     "A range, because a price has a date and a place"
     return tuple(hours*gpus*p for p in prices)
 
-# %% ../../nbs/12_scale/88_recipes.ipynb #e23d58c3
-def matmul_peak(
+# %% ../../nbs/12_scale/88_recipes.ipynb #20a48c1a
+def measured_peak(
     dtype=torch.float32,
     n:int=768,          # side of the matrices
     seconds:float=.4,   # how long to look
 )->float:               # FLOP/s
-    "The best of many square products: the roof of this machine"
-    a,b,best = torch.randn(n, n).to(dtype),torch.randn(n, n).to(dtype),float('inf')
+    "The fastest of many matrix products and convolutions: the roof of this machine. On some processors convolutions are faster"
+    a,b,x = torch.randn(n, n).to(dtype),torch.randn(n, n).to(dtype),torch.randn(64, 64, 16, 16).to(dtype)
+    conv,best = nn.Conv2d(64, 64, 3, padding=1).to(dtype).to(memory_format=torch.channels_last),0.
+    x = x.contiguous(memory_format=torch.channels_last)
+    work = [(2*n**3, lambda: a@b), (2*x.numel()*64*9, lambda: conv(x))]
     end = time.perf_counter()+seconds
-    while time.perf_counter()<end:
-        t = time.perf_counter()
-        a@b
-        best = min(best, time.perf_counter()-t)
-    return 2*n**3/best
+    with torch.no_grad():
+        while time.perf_counter()<end:
+            for flops,run in work:
+                t = time.perf_counter()
+                run()
+                best = max(best, flops/(time.perf_counter()-t))
+    return best
 
 # %% ../../nbs/12_scale/88_recipes.ipynb #973d8095
 def of_published(
