@@ -54,12 +54,14 @@ def between(value, low, high, name:str, whole:bool=False):
     return value
 
 def open_data(
-    name, # a data set, a folder of captioned images, or a folder made by t2i prepare
+    name,      # a data set, a folder of captioned images, or a folder made by t2i prepare
+    codec=None,# for shards of latents: the run of the codec that made them
 ):
     "Any data of the course; shards read like pictures"
     if Path(name).is_dir():
         from t2i_course.scale.recipes import Shards, is_shards
-        if is_shards(name): return Shards(name)
+        if is_shards(name): return Shards(name, codec and Model(codec).den.codec)
+    if codec: raise CourseError(f'--codec is for shards of latents; {name} is not a folder made by t2i prepare')
     return load(name)
 
 def installed()->str:
@@ -85,13 +87,14 @@ def command()->str:
     return ' '.join(['t2i', *sys.argv[1:]]) if Path(sys.argv[0]).name in ('t2i','cli.py') else 'python'
 
 # ---- train ----
-def settings(recipe, data, scale, seconds, images, seed, precision, changes=None)->dict:
+def settings(recipe, data, scale, seconds, images, seed, precision, changes=None, codec=None)->dict:
     "The config of a new run: everything needed to make the same model again"
-    mod,ds = module(recipe),open_data(data)
+    mod,ds = module(recipe),open_data(data, codec)
     if hasattr(mod, 'recipe_for'): config = mod.recipe_for(ds, scale, seconds)
     else: config = mod.recipe(ds.shape[0], ds.words, ds.size, scale)
     if images is None and seconds is None: images = IMAGES[scale]
     if precision=='auto': precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
+    if codec: config |= dict(codec=str(Path(codec).resolve()), clamp=4.) # whitened latents: variance 1, not [-1,1]
     return config|(changes or {})|dict(
         data=str(Path(data).resolve()) if Path(data).is_dir() else data,
         source=ds.source, shape=list(ds.shape), scale=scale,
@@ -121,6 +124,7 @@ def train_run(
     quiet=False,           # no progress bar
     save_every=20.,        # seconds between checkpoints
     changes=None,          # entries of the recipe to replace in a new run
+    codec=None,            # data of latents: the run of the codec that made them
     shard=None,            # ddp or fsdp, under torchrun: how the processes share the work
     **outside,             # what comes from outside the network, see `fit_run`
 )->Path:                   # the run folder
@@ -145,7 +149,7 @@ def train_run(
                                   f'resume without --{name}, or train into another folder')
     else:
         if resume: say(f'{out} holds no run yet: starting from the beginning')
-        config = settings(recipe, data, scale or current_scale(), seconds, images, seed, precision, changes)
+        config = settings(recipe, data, scale or current_scale(), seconds, images, seed, precision, changes, codec)
         write_json(make_folder(out)/'config.json', config)
     if ranks.rank==0: ranks.wait()
     try: fit_run(out, config, quiet, save_every, ranks, shard, **outside)
@@ -177,7 +181,7 @@ def fit_run(
     accumulate:int=1,   # micro-batches a step
 ):
     "The training itself: what the model becomes is in the config, how the work is done in the other arguments"
-    device,ds = pick_device(),open_data(config['data'])
+    device,ds = pick_device(),open_data(config['data'], config.get('codec'))
     if ranks.size==1: torch.set_num_threads(min(config['threads'], os.cpu_count() or 1))
     torch.manual_seed(config['seed'])
     tok,den = module(config['recipe']).build(config)
@@ -293,6 +297,7 @@ class Model:
         self.den.net.to(self.device).eval()
         if getattr(self.den, 'skip', None) is not None: self.den.skip.tables = own('skip.')
         self.den.to(self.device)
+        self.codec = Model(self.config['codec']).den.codec if self.config.get('codec') else None
 
     def draw(self,
         captions,       # n texts; '' draws without condition
@@ -307,7 +312,10 @@ class Model:
         low = torch.float16 if c['precision']=='fp16' else torch.bfloat16
         draw = self.den.painter(self.tok, c)
         with torch.autocast(torch.device(self.device).type, low, enabled=c['precision']!='fp32'):
-            return draw(captions, seed).clamp(-1, 1)
+            x = draw(captions, seed)
+        if self.codec is not None:
+            with torch.no_grad(): x = torch.cat([self.codec.decode(z.to(self.device)).cpu() for z in x.float().split(250)])
+        return x.clamp(-1, 1)
 
     def asked(self,
         given:dict, # option -> value, None where it was not given
@@ -353,7 +361,8 @@ def eval_run(
     from t2i_course.core.metrics import evaluate
     m = Model(run)
     c,t = m.config,json.loads((m.run/'train.json').read_text())
-    row = evaluate(m.draw, open_data(c['data']), n=n, seed=seed)|dict(
+    data = open_data(c['data'], c.get('codec'))
+    row = evaluate(m.draw, data if m.codec is None else data.origin(), n=n, seed=seed)|dict(
         recipe=c['recipe'], params=t['params'], params_trained=t.get('params_trained', t['params']),
         images=t['images'], train_seconds=t['seconds'], steps=t['steps'], train_seed=c['seed'],
         nfe=m.den.calls(c), **{k:c[KEYS.get(k, k)] for k in m.den.options if k!='steps'},
@@ -648,7 +657,7 @@ def cmd_train(a):
         a.recipe = recipe
     if not a.recipe: raise CourseError(f"say which recipe to train: {', '.join(RECIPES)}")
     out = train_run(a.recipe, a.data, a.scale, a.seconds, a.images, a.seed, a.out, a.resume, a.precision,
-                    a.quiet, a.save_every, shard=a.shard, checkpointing=a.checkpointing, compiled=a.compile,
+                    a.quiet, a.save_every, codec=a.codec, shard=a.shard, checkpointing=a.checkpointing, compiled=a.compile,
                     accumulate=between(a.accumulate, 1, 4096, '--accumulate', whole=True))
     if not int(os.environ.get('RANK', 0)): print(f'{out}: trained. Draw with: t2i sample {out} --prompt "..." --out picture.png')
 
@@ -707,8 +716,8 @@ def cmd_prepare(a):
     with tqdm(total=a.images, unit='img', disable=a.quiet, file=sys.stderr) as bar:
         prepare(open_data(a.data), a.out, a.images, codec and codec.codec, shard_size=a.shard_size, split=a.split, seed=a.seed,
                 store=a.store, progress=lambda n: bar.update(n-bar.n))
-    print(f'{a.out}: {a.images:,} images in shards. '+('Read the latents with scale.recipes.Shards and the codec' if a.codec else
-                                                       f'Train on them with: t2i train RECIPE --data {a.out}'))
+    print(f'{a.out}: {a.images:,} images in shards. '+
+          f'Train on them with: t2i train RECIPE --data {a.out}'+(f' --codec {a.codec}' if a.codec else ''))
 
 def first_seeds(n)->tuple:
     "0, 1, ... n-1"
@@ -744,6 +753,7 @@ def add_train(command):
     a('--out', metavar='RUN', help='run folder (default runs/RECIPE-DATA-SEED)')
     a('--save-every', type=float, default=20., metavar='N', help='seconds between checkpoints (default 20)')
     a('--quiet', action='store_true', help='no progress bar')
+    a('--codec', metavar='RUN', help='with --data of latents: the vae run that t2i prepare was given')
     a('--shard', choices=['ddp','fsdp'], help='under torchrun: a copy of the model in each process, or a shard of it')
     a('--accumulate', type=int, default=1, metavar='N', help='micro-batches a step (default 1)')
     a('--checkpointing', action='store_true', help='compute activations again in the backward pass instead of keeping them')

@@ -17,7 +17,8 @@ from t2i_course.diffusion.ddpm import UNet
 from t2i_course.runs import load_tensors
 from t2i_course.scale import fsdp
 
-ARMS = dict(fp32={}, double=dict(double=True), bf16=dict(precision="bf16"), fp16=dict(precision="fp16"), odd=dict(batch=7, accumulate=2), slim=dict(checkpointing=True),
+ARMS = dict(fp32={}, double=dict(double=True), bf16=dict(precision="bf16"), fp16=dict(precision="fp16"),
+            odd=dict(batch=7, accumulate=2), slim=dict(checkpointing=True),
             few=dict(batch=3, steps=4))
 
 

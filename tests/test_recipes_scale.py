@@ -326,3 +326,19 @@ def test_the_command_prepares_and_training_reads(tmp_path, capsys):
     (tmp_path / "shards" / "index.json").unlink()
     assert cli.main(["train", "ddpm", "--data", out, "--scale", "smoke", "--images", "64", "--out", str(tmp_path / "other"), "--quiet"]) == 2
     assert "t2i prepare" in capsys.readouterr().err
+
+
+def test_latents_by_command_from_codec_to_picture(tmp_path, capsys):
+    small = ["--scale", "smoke", "--quiet"]
+    def out(name): return str(tmp_path / name)
+    assert cli.main(["train", "vae", "--data", "painted", "--images", "128", "--out", out("codec"), *small]) == 0
+    assert cli.main(["prepare", "painted", "--images", "96", "--shard-size", "40", "--codec", out("codec"), "--out", out("z"), "--quiet"]) == 0
+    assert f"--codec {out('codec')}" in capsys.readouterr().out
+    for recipe in ("ddpm", "flow_matching"):
+        run = out(recipe)
+        assert cli.main(["train", recipe, "--data", out("z"), "--codec", out("codec"), "--images", "64", "--out", run, *small]) == 0
+        assert cli.Model(run).draw(["a red two", "a blue four on gray"]).shape == (2, 3, 32, 32)
+    assert cli.main(["eval", out("ddpm"), "--n", "16"]) == 0
+    assert cli.main(["train", "ddpm", "--data", out("z"), "--images", "64", "--out", out("no"), *small]) == 2
+    assert "codec" in capsys.readouterr().err
+    assert cli.main(["train", "ddpm", "--data", "digits", "--codec", out("codec"), "--images", "64", "--out", out("no"), *small]) == 2

@@ -337,7 +337,7 @@ def guided(
         return x0,eps
     return predict
 
-# %% ../../nbs/04_diffusion/30_ddpm.ipynb #0ae465c6
+# %% ../../nbs/04_diffusion/30_ddpm.ipynb #9ab900be
 def drawer(
     den:Denoiser,     # a trained one
     tok,              # captions -> Cond
@@ -353,9 +353,10 @@ def drawer(
     batch:int=250,    # pictures at once
     sampler=None,     # in place of `sample`: sampler(predict, process, x, ts, draws=draws) yields x
     guide=None,       # in place of `guided`: guide(den, cond) -> predict
+    clamp:float=1.,   # see `sample`; latents need more room than pictures
 ):                    # draw(captions, seed) -> (n c h w)
     "Captions in, pictures out; the noise of a picture depends on the seed and its place alone"
-    walk = sampler or partial(sample, eta=eta, large=large)
+    walk = sampler or partial(sample, eta=eta, large=large, clamp=clamp)
     def paint(cond, draws):
         c = den.process.coefs(torch.as_tensor(ts[:1], dtype=torch.float32, device=draws.device))
         start = draws.normal('start', *shape)*(c.alpha**2+c.sigma**2).sqrt() # what data of variance 1 would be there
@@ -364,13 +365,14 @@ def drawer(
         return x
     return drawn_from(paint, tok, next(den.net.parameters()).device, batch)
 
-# %% ../../nbs/04_diffusion/30_ddpm.ipynb #6d9020da
+# %% ../../nbs/04_diffusion/30_ddpm.ipynb #79ab89a8
 def settings_of(
     config:dict, # as from `recipe`
 )->dict:         # keyword arguments of `drawer`
     "How a recipe draws"
     return dict(w=config['guidance'], above=config['guide_above'], hold=config['hold'],
-                below=config.get('guide_below', 1.), boost=config.get('boost', 1.), eta=config['eta'])
+                below=config.get('guide_below', 1.), boost=config.get('boost', 1.), eta=config['eta'],
+                clamp=config.get('clamp', 1.))
 
 # %% ../../nbs/04_diffusion/30_ddpm.ipynb #351d274d
 def vlb_weight(

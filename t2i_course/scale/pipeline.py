@@ -108,12 +108,12 @@ def make_vae(
                          block_out_channels=s.vae_widths, layers_per_block=1, norm_num_groups=8,
                          down_block_types=('DownEncoderBlock2D',)*k, up_block_types=('UpDecoderBlock2D',)*k)
 
-# %% ../../nbs/12_scale/87_pipeline.ipynb #065d2f5d
+# %% ../../nbs/12_scale/87_pipeline.ipynb #ded76946
 def make_unet(
     side:int,   # of a latent
     s:Settings, # its widths, and that of the text
 ):              # UNet2DConditionModel
-    "The published class, small: as in Stable Diffusion, attention to the words everywhere but on the coarsest grid"
+    "The published class, small: as in Stable Diffusion, the coarsest grid attends to the words in its middle block only"
     from diffusers import UNet2DConditionModel
     k = len(s.widths)-1
     return UNet2DConditionModel(
@@ -394,7 +394,7 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
-# %% ../../nbs/12_scale/87_pipeline.ipynb #a6955c55
+# %% ../../nbs/12_scale/87_pipeline.ipynb #f5dc514b
 SWEEP = dict(
     smoke=dict(data=('digits','painted'), n=24, draw=3, digits=TINY|dict(steps=2), painted=TINY|dict(steps=2, vae_images=64)),
     demo=dict(data=('digits',), n=400, draw=12, digits=dict(steps=200, warmup=12, vae_images=3_000),
@@ -432,7 +432,7 @@ def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # of text encoder, U-Net, order and noise; the autoencoder is shared
 ):                    # yields ('key.path', value)
-    "The pipeline's rows, with what its autoencoder alone would get; painted digits only at full scale"
+    "The pipeline's rows, with what its autoencoder alone would get; no painted digits at demo scale"
     sweep = SWEEP[scale]
     yield 'setting',dict(n=sweep['n'], steps=sweep['draw'], guidance=2., seeds=list(seeds),
                          **{name:asdict(ours(name, scale)) for name in sweep['data']})
