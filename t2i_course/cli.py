@@ -152,8 +152,8 @@ def train_run(
         config = settings(recipe, data, scale or current_scale(), seconds, images, seed, precision, changes, codec)
         write_json(make_folder(out)/'config.json', config)
     if ranks.rank==0: ranks.wait()
-    try: fit_run(out, config, quiet, save_every, ranks, shard, **outside)
-    finally: ranks.close()
+    fit_run(out, config, quiet, save_every, ranks, shard, **outside)
+    ranks.close()
     return out
 
 def sharers(

@@ -22,7 +22,7 @@ from ..core.ema import state_for
 from ..core.training import ALONE, feed, train
 from ..diffusion.ddpm import build, recipe
 
-# %% ../../nbs/12_scale/86_fsdp.ipynb #2c31748a
+# %% ../../nbs/12_scale/86_fsdp.ipynb #9ac61493
 # ---- which share of the work is mine ----
 class Ranks:
     "The processes that train one network together: what `core.training.Alone` answers for one, answered for many"
@@ -59,7 +59,10 @@ class Ranks:
 
     def whole(self, t:Tensor)->Tensor: return whole(t)
     def wait(self): dist.barrier()
-    def close(self): dist.destroy_process_group()
+    def close(self):
+        "All leave together: one that goes early takes its connections away from the others"
+        dist.barrier()
+        dist.destroy_process_group()
 
     @contextmanager
     def micro(self, last:bool):
