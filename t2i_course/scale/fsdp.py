@@ -192,7 +192,7 @@ def load_sharded(
     if numbers['scaler']: state.scaler.load_state_dict(numbers['scaler'])
     return parts['extra']
 
-# %% ../../nbs/12_scale/86_fsdp.ipynb #a4b1155e
+# %% ../../nbs/12_scale/86_fsdp.ipynb #34d2602e
 # ---- the same small run on any number of processes ----
 def trial(
     out,             # folder: process 0 leaves end.pt, each process held-RANK.json
@@ -251,7 +251,7 @@ def launch(
     home = str(Path(sys.modules['t2i_course'].__path__[0]).resolve().parent)
     env = os.environ|dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', PYTHONPATH=os.pathsep.join([home, os.environ.get('PYTHONPATH', '')]))
     done = subprocess.run((run if size>1 else [])+code, env=env, capture_output=True, text=True, timeout=limit)
-    said = done.stderr if len(done.stderr)<4000 else f'{done.stderr[:3000]} ... {done.stderr[-1000:]}' # the cause comes first, torchrun's summary last
+    said = done.stderr if len(done.stderr)<4000 else f'{done.stderr[:3000]} ... {done.stderr[-1000:]}' # cause first, summary last
     if done.returncode: raise CourseError(f'{size} processes ended with code {done.returncode}: {said}')
     def read(out): return torch.load(out/'end.pt')|dict(held=[json.loads((out/f'held-{r}.json').read_text()) for r in range(size)])
     return [read(Path(o['out'])) for o in todo]
