@@ -383,13 +383,8 @@ def memory_of(net, run, x, bf16:bool)->int:
         torch.cuda.reset_peak_memory_stats()
         stepper(net, run, x, bf16, True)()
         return torch.cuda.max_memory_allocated()
-    own,seen = {p.untyped_storage().data_ptr() for p in net.parameters()},{}
-    def note(t):
-        seen[t.untyped_storage().data_ptr()] = t # held, so that no address is used twice
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast(device, torch.bfloat16, enabled=bf16): y = run(net, x)
-    del y
-    return sum(t.untyped_storage().nbytes() for k,t in seen.items() if k not in own)
+    from t2i_course.capstone.report_card import kept_bytes
+    with torch.autocast(device, torch.bfloat16, enabled=bf16): return kept_bytes(net, lambda: run(net, x))
 
 def race(
     nets:dict,  # name -> network, ours first
