@@ -15,7 +15,7 @@ ROOT  := $(if $(filter 0,$(shell id -u)),--allow-root)
 .PHONY: help env demo test test-browser lab docs export readme clean
 
 help:
-	@echo "make demo          train a text-to-image model for two minutes, then look at runs/demo"
+	@echo "make demo          train a text-to-image model (one to four minutes), then look at runs/demo"
 	@echo "make lab           open the course in JupyterLab"
 	@echo "make test          every notebook at smoke scale, then pytest"
 	@echo "make test-browser  JupyterLab and the explorers in a real browser"

@@ -1,5 +1,6 @@
 """The `t2i` command: train, sample, eval, run, data, bench, report, doctor, demo."""
 import argparse, errno, json, math, os, platform, sys, time
+from contextlib import contextmanager
 from datetime import date
 from importlib import import_module, metadata
 from pathlib import Path
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 from t2i_course.core.data import CourseError, Draws, load, results_path, scale as current_scale
 from t2i_course.core.ema import state_for
-from t2i_course.core.training import ALONE, bf16_pays, feed, pick_device, train
+from t2i_course.core.training import ALONE, bf16_pays, feed, pick_device, spent, train
 from t2i_course.runs import (Stopped, config_hash, cut_log, follow, load_tensors, read_config, save_tensors,
                              write_json, write_whole)
 from t2i_course.runs import resume as take_up
@@ -90,7 +91,7 @@ def command()->str:
 def settings(recipe, data, scale, seconds, images, seed, precision, changes=None, codec=None)->dict:
     "The config of a new run: everything needed to make the same model again"
     mod,ds = module(recipe),open_data(data, codec)
-    if hasattr(mod, 'recipe_for'): config = mod.recipe_for(ds, scale, seconds)
+    if hasattr(mod, 'recipe_for'): config = mod.recipe_for(ds, scale, None if images else seconds)
     else: config = mod.recipe(ds.shape[0], ds.words, ds.size, scale)
     if images is None and seconds is None: images = IMAGES[scale]
     if precision=='auto': precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
@@ -116,7 +117,7 @@ def train_run(
     data='painted',        # name of a data set, or a folder
     scale=None,            # smoke, demo or full; default T2I_SCALE, else demo
     seconds=None,          # wall time of training, fitting a skip included
-    images=None,           # or images seen: the clock that makes a run repeatable
+    images=None,           # or images seen: the clock that makes a run repeatable; with both, whichever is used up first
     seed=0,                # of every random number
     out=None,              # run folder; default runs/RECIPE-DATA-SEED
     resume=False,          # go on with the run in `out`
@@ -129,7 +130,6 @@ def train_run(
     **outside,             # what comes from outside the network, see `fit_run`
 )->Path:                   # the run folder
     "Train a recipe; leaves config.json, model.safetensors, a checkpoint and log.jsonl"
-    if seconds and images: raise CourseError('give either --seconds or --images, not both')
     between(seconds, 1e-3, 1e8, '--seconds')
     between(images, 1, 1e12, '--images', whole=True)
     between(seed, 0, 2**62, '--seed', whole=True)
@@ -201,7 +201,7 @@ def fit_run(
             return say(f'{out} is trained to the end already: nothing was changed') if ranks.rank==0 else None
         if ranks.rank==0: say(f'going on at {state.images:,} images')
     if ranks.rank==0: cut_log(out, state.step)
-    head_start(state, ds, tok, den, config, saved, ranks)
+    head_start(state, ds, tok, den, config, saved, ranks, quiet)
     tables = den.skip.tables if getattr(den, 'skip', None) is not None else {}
     records = train(state, den.loss, feed(ds, tok), images=config['images'], seconds=config['seconds'], accumulate=accumulate,
                     batch=config['batch'], seed=config['seed'], clip=config.get('clip', 1.), ranks=ranks)
@@ -222,21 +222,21 @@ def share_line(state, ranks)->str:
 
 def finished(out:Path, state, config:dict)->bool:
     "Is the model of a run written and whole, and its budget used?"
-    left = state.images<config['images'] if config['images'] else state.seconds<config['seconds']
-    if left or not (out/'model.safetensors').exists(): return False
+    if spent(state, config['images'], config['seconds'])<1 or not (out/'model.safetensors').exists(): return False
     try: load_tensors(out/'model.safetensors')
     except CourseError:
         say(f"{out/'model.safetensors'} is damaged: writing it again from the checkpoint")
         return False
     return (out/'train.json').exists()
 
-def head_start(state, ds, tok, den, config:dict, saved:dict, ranks=ALONE):
+def head_start(state, ds, tok, den, config:dict, saved:dict, ranks=ALONE, quiet=False):
     "Fit the closed-form skip, or take it from the checkpoint; its time counts as training"
     if getattr(den, 'skip', None) is None: return
     if saved:
         den.skip.tables = {k:v.to(state.device) for k,v in saved.items()}
         return
     from t2i_course.diffusion.preconditioning import fit_skip
+    if ranks.rank==0 and not quiet: say(f"fitting the closed form to {config['fit_images']:,} pictures ...")
     start = time.perf_counter()
     fit_skip(den, ds, tok, config['fit_images'], config['seed'])
     ranks.same(den.skip.tables) # each process has fitted it; the last bit may differ from one to the other
@@ -258,24 +258,37 @@ def write_model(out:Path, state, tables:dict, config:dict, artist, ranks=ALONE):
     save_tensors(out/'model.safetensors', tensors, config=config_hash(config))
 
 def progress_bar(state, config, quiet):
-    "A tqdm bar over images or seconds on standard error"
+    "A tqdm bar on standard error: images, seconds, or with two clocks the share of the one that is ahead"
     if quiet: return lambda r: None
     from tqdm import tqdm
-    count = 'images' if config['images'] else 'seconds'
-    unit = dict(images='img', seconds='s')[count]
-    shape = '{l_bar}{bar}| {n:.0f}/{total:.0f} '+unit+' [{elapsed}<{remaining}{postfix}]'
-    start = min(getattr(state, count), config[count]) # a head start may take longer than a short clock
-    bar = tqdm(total=config[count], initial=start, unit=unit, unit_scale=count=='images', bar_format=shape,
-               mininterval=.5, file=sys.stderr)
+    images,seconds = config['images'],config['seconds']
+    count = 'progress' if images and seconds else 'images' if images else 'seconds'
+    total = 1 if count=='progress' else images or seconds
+    done = spent(state, images, seconds) if count=='progress' else getattr(state, count)
+    unit = dict(images='{n:.0f}/{total:.0f} img ', seconds='{n:.0f}/{total:.0f} s ', progress='')[count]
+    bar = tqdm(total=total, initial=min(done, total), bar_format='{l_bar}{bar}| '+unit+'[{elapsed}<{remaining}{postfix}]',
+               mininterval=.5, file=sys.stderr) # a head start may take longer than a short clock
     recent = []
     def show(r):
         if r is None: return bar.close()
         recent.append(r.loss); del recent[:-50]
-        bar.set_postfix_str(f'loss {sum(recent)/len(recent):.3f}', refresh=False)
-        bar.update(max(0, min(bar.total, getattr(r, count))-bar.n))
+        seen = f'{r.images:,} images, ' if count=='progress' else ''
+        bar.set_postfix_str(f'{seen}loss {sum(recent)/len(recent):.3f}', refresh=False)
+        bar.update(max(0, min(total, getattr(r, count))-bar.n))
     return show
 
 # ---- sample and eval ----
+@contextmanager
+def counting(
+    n:int,       # pictures in all
+    what:str,    # what is done with them
+    quiet=False, # show nothing
+):               # yields each(k): k more are done
+    "A bar on standard error for what takes longer than two seconds"
+    from tqdm import tqdm
+    with tqdm(total=n, desc=what, unit='img', delay=2, mininterval=.5, disable=quiet, file=sys.stderr) as bar:
+        yield bar.update
+
 class Model:
     "A trained run, ready to draw"
     def __init__(self,
@@ -304,6 +317,7 @@ class Model:
         seed=0,         # of the noise
         steps=None,     # network evaluations; default the recipe's
         guidance=None,  # scale; default the recipe's
+        each=None,      # each(k) hears of every k pictures that are drawn
         **others,       # further options of the recipe, see OPTIONS
     )->torch.Tensor:    # (n c h w) in [-1,1]
         "Pictures of captions; the noise of a picture depends on the seed and its place alone"
@@ -312,7 +326,7 @@ class Model:
         low = torch.float16 if c['precision']=='fp16' else torch.bfloat16
         draw = self.den.painter(self.tok, c)
         with torch.autocast(torch.device(self.device).type, low, enabled=c['precision']!='fp32'):
-            x = draw(captions, seed)
+            x = draw(captions, seed, each)
         if self.codec is not None:
             with torch.no_grad(): x = torch.cat([self.codec.decode(z.to(self.device)).cpu() for z in x.float().split(250)])
         return x.clamp(-1, 1)
@@ -339,6 +353,7 @@ def sample_run(
     steps=None,     # sampler steps; default the recipe's
     guidance=None,  # scale; default the recipe's
     seed=0,         # of the noise
+    quiet=False,    # no progress bar
     **others,       # further options, see OPTIONS
 )->tuple:           # images uint8 (n h w c), captions
     "Draw captions with a trained run; says what the model could not read"
@@ -349,20 +364,24 @@ def sample_run(
         for note in m.tok.notes(c): say(note)
         if not c.strip(): say('an empty caption: drawn without condition')
     texts = [c for c in captions for _ in range(per_caption)]
-    return to_bytes(m.draw(texts, seed, steps, guidance, **others)),texts
+    with counting(len(texts), 'drawing', quiet) as each:
+        return to_bytes(m.draw(texts, seed, steps, guidance, each, **others)),texts
 
 def eval_run(
     run,          # run folder
     n=1000,       # drawings
     seed=0,       # of captions and noise
-    quiet=False,  # print nothing
+    quiet=False,  # print nothing, show no progress
 )->dict:          # the row
     "The measured row of a run; written to metrics.json in its folder"
     from t2i_course.core.metrics import evaluate
     m = Model(run)
     c,t = m.config,json.loads((m.run/'train.json').read_text())
     data = open_data(c['data'], c.get('codec'))
-    row = evaluate(m.draw, data if m.codec is None else data.origin(), n=n, seed=seed)|dict(
+    if not quiet: say(f'measuring {m.run}: reading real pictures to compare with ...')
+    def draw(captions, seed):
+        with counting(len(captions), 'drawing', quiet) as each: return m.draw(captions, seed, each=each)
+    row = evaluate(draw, data if m.codec is None else data.origin(), n=n, seed=seed)|dict(
         recipe=c['recipe'], params=t['params'], params_trained=t.get('params_trained', t['params']),
         images=t['images'], train_seconds=t['seconds'], steps=t['steps'], train_seed=c['seed'],
         nfe=m.den.calls(c), **{k:c[KEYS.get(k, k)] for k in m.den.options if k!='steps'},
@@ -372,17 +391,26 @@ def eval_run(
     if not quiet: print(row_text(row))
     return row
 
+def margin(
+    share, # 0..1, of n independent pictures
+    n,     # pictures
+)->float:  # half the width of the 95% interval
+    "How far a share can be off by the luck of the draw: Wilson's interval, which is not empty at 0 or 1"
+    z = 1.96
+    return z*math.sqrt(share*(1-share)/n+(z/(2*n))**2)/(1+z*z/n)
+
 def row_text(row:dict)->str:
     "A row for people"
     pc = lambda v: f'{100*v:.1f}%'
+    def counted(o): return f"{pc(o['all'])} +- {100*margin(o['all'], o['n']):.1f} ({o['n']:,} captions)" if 'n' in o else pc(o['all'])
     out = []
     if 'obedience' in row:
         o = row['obedience']
         parts = {k:v for k,v in o.items() if k not in ('all','ceiling','chance','n') and isinstance(v, float)}
-        out += [f"pictures that show all their caption demands: {pc(o['all'])}   "
+        out += [f"pictures that show all their caption demands: {counted(o)}   "
                 f"(judge on unseen real pictures {pc(o['ceiling'])}, on shuffled captions {pc(o['chance'])})",
                 '  by attribute: '+'  '.join(f'{k} {pc(v)}' for k,v in parts.items())]
-    if 'heldout' in row: out += [f"  digit x ink pairs never seen in training: {pc(row['heldout']['all'])}"]
+    if 'heldout' in row: out += [f"  digit x ink pairs never seen in training: {counted(row['heldout'])}"]
     if 'fd' in row:
         out += [f"Frechet distance {row['fd']:.2f} = {row['fd']/row['fd_floor']:.1f} times the distance "
                 f"between two real sets; precision {row['precision']:.2f}, recall {row['recall']:.2f}"]
@@ -394,25 +422,34 @@ def row_text(row:dict)->str:
 # ---- demo ----
 FILES = ('config.json','checkpoint.safetensors','log.jsonl','train.json','model.safetensors')
 
+# a fast machine sees so many pictures in half a minute; a slow one stops at the limit and measures fewer drawings
+CLOCK = dict(smoke=dict(images=1_024, seconds=60., n=64), demo=dict(images=40_000, seconds=150., n=1000))
+CLOCK['full'] = CLOCK['demo']
+PATIENCE = 45. # seconds that the demo's drawings for measuring may take
+
 def demo(
-    seconds=None,   # of training; default 110
+    seconds=None,   # time limit of training; default 150
     out='runs/demo',# run folder; a run that it holds is replaced
+    images=None,    # pictures to train on; default 40,000
 )->dict:            # the measured row
-    "Train on painted digits, draw typed prompts, measure"
-    out,small = Path(out),current_scale()=='smoke'
+    "Train on painted digits, draw typed prompts, measure: a minute on a fast machine, at most four on a slow one"
+    out,clock = Path(out),CLOCK[current_scale()]
     for name in FILES: (out/name).unlink(missing_ok=True)
-    seconds = seconds or (5 if small else 110)
-    print(f'Training a text-to-image model on painted digits for {seconds:g} seconds '
+    images,seconds = images or clock['images'],seconds or clock['seconds']
+    print(f'Training a text-to-image model on {images:,} painted digits, for {seconds:g} seconds at most '
           '(flow matching with a closed-form head start) ...', flush=True)
-    train_run('flow_matching', 'painted', seconds=seconds, out=out)
+    train_run('flow_matching', 'painted', seconds=seconds, images=images, out=out)
+    print(clock_text(json.loads((out/'train.json').read_text(encoding='utf-8')), images, seconds), flush=True)
+    start = time.perf_counter()
     x,texts = sample_run(out, PROMPTS)
+    each = (time.perf_counter()-start)/len(texts)
     write_sheet(out/'samples.png', x, texts,
                 'what the model drew (last four: digit and ink never seen together in training)')
-    print('Measuring on captions and handwriting it never saw ...', flush=True)
-    row = eval_run(out, n=64 if small else 1000, quiet=True)
+    n = judged(each, clock['n'])
+    fewer = f" (not {clock['n']:,}, because drawing is slow here)" if n<clock['n'] else ''
+    print(f'Measuring with {n:,} captions and handwriting it never saw{fewer} ...', flush=True)
+    row = eval_run(out, n=n)
     print(f"""
-{row_text(row)}
-
 pictures   {out/'samples.png'}
 numbers    {out/'metrics.json'}
 model      {out/'model.safetensors'}
@@ -421,6 +458,25 @@ What to open next (make lab): nbs/00_start/00_tour.ipynb, then the parts of this
   captions and pictures 10_data, text encoder 11_conditioning, training 12_training, metrics 14_metrics,
   network and guidance 30_ddpm, the head start 34_preconditioning, the method itself 60_flow_matching""")
     return row
+
+def clock_text(
+    found:dict, # train.json: images, seconds
+    images,     # planned
+    seconds,    # the limit
+)->str:
+    "Which of the two clocks ended the training"
+    seen,took = found['images'],found['seconds']
+    rate = f"{seen:,} pictures in {took:.0f} s, {seen/took:,.0f} a second"
+    if seen>=images: return f'Trained on {rate}: all that were planned.'
+    return (f'Trained on {rate}: the time limit of {seconds:g} s came before the planned {images:,} pictures. '
+            'A faster or quieter machine draws better after the same time.')
+
+def judged(
+    each:float, # seconds that a drawing takes here
+    most:int,   # drawings on a fast machine
+)->int:
+    "Captions to measure with: half as many again are drawn of held-out pairs"
+    return max(min(most, 200), min(most, int(PATIENCE/(1.5*each))//100*100))
 
 def write_sheet(
     path,     # a .png file
@@ -745,7 +801,7 @@ def add_train(command):
     a('--scale', choices=['smoke','demo','full'],
       help='size of the model and default length (default: T2I_SCALE, else demo)')
     a('--seconds', type=float, metavar='N', help='wall time of training')
-    a('--images', type=int, metavar='N', help='images seen: the clock that makes runs repeatable')
+    a('--images', type=int, metavar='N', help='images seen: the clock that makes runs repeatable; with --seconds, whichever is first')
     a('--precision', choices=['auto','fp32','bf16','fp16'], default='auto',
       help='auto: bf16 where a short probe shows that it pays')
     a('--seed', type=int, default=0, metavar='N', help='of every random number (default 0)')
@@ -824,9 +880,10 @@ def parser()->Parser:
         q = sub.add_parser(name, help=text, description=text[0].upper()+text[1:]+'.', allow_abbrev=False)
         q.set_defaults(do=run)
         return q.add_argument
-    a = command('demo', 'train on painted digits for two minutes, draw, measure',
-                lambda a: demo(between(a.seconds, .1, 1e6, '--seconds'), a.out))
-    a('--seconds', type=float, metavar='N', help='training time (default 110)')
+    a = command('demo', 'train on painted digits, draw, measure: a minute on a fast machine, at most four on a slow one',
+                lambda a: demo(between(a.seconds, .1, 1e6, '--seconds'), a.out, between(a.images, 1, 1e12, '--images', whole=True)))
+    a('--images', type=int, metavar='N', help='pictures to train on (default 40000)')
+    a('--seconds', type=float, metavar='N', help='time limit of training (default 150)')
     a('--out', default='runs/demo', metavar='RUN', help='run folder (default runs/demo)')
     add_train(command)
     add_sample(command)

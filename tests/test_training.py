@@ -153,9 +153,17 @@ def test_records_tell_the_run():
 
 # --- Clocks ---
 
-@pytest.mark.parametrize("clocks", [{}, {"images": 10, "seconds": 1.}])
-def test_exactly_one_clock(clocks):
-    with pytest.raises(CourseError, match="either images= or seconds="): next(train(fresh(), None, None, **clocks))
+def test_a_run_needs_a_clock():
+    with pytest.raises(CourseError, match="give it images=, seconds="): next(train(fresh(), None, None))
+
+
+def test_of_two_clocks_the_first_ends_the_run():
+    by_images = go(fresh(), images=150, seconds=600)
+    assert by_images[-1].images == 150 and by_images[-1].progress == 1
+    state = fresh()
+    by_time = go(state, images=10**9, seconds=.2)
+    assert .2 <= state.seconds < 10 and by_time[-1].progress == 1
+    assert by_time[-1].lr < .5 * max(r.lr for r in by_time) # the schedule follows the clock that is ahead
 
 
 def test_seconds_end_a_run_and_are_kept():

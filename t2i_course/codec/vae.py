@@ -293,13 +293,14 @@ class CodecModel:
         "Reconstructions of unseen real pictures that show what the captions demand"
         data,device = load(config['data']),next(self.codec.parameters()).device
         @torch.no_grad()
-        def draw(captions, seed=0):
-            was = self.net.training
+        def draw(captions, seed=0, each=None):
+            was,done = self.net.training,[]
             self.net.eval()
-            x = lookalikes(data, captions, seed)
-            y = torch.cat([self.reconstruct(p.to(device)).float().cpu() for p in x.split(250)])
+            for p in lookalikes(data, captions, seed).split(100):
+                done.append(self.reconstruct(p.to(device)).float().cpu())
+                if each: each(len(p))
             self.net.train(was)
-            return y
+            return torch.cat(done)
         return draw
 
 # %% ../../nbs/03_codec/24_vae.ipynb #ad2d13db

@@ -196,12 +196,14 @@ def drawn_from(
     paint,        # paint(cond, draws) -> (b c h w): pictures of one batch
     tok,          # captions -> Cond
     device='cpu', # where the network is
-    batch:int=250,# pictures at once
-):                # draw(captions, seed) -> (n c h w) on the CPU
+    batch:int=100,# pictures at once
+):                # draw(captions, seed, each=None) -> (n c h w) on the CPU; each(k) hears of every k that are done
     "Captions in, pictures out, batch by batch; the random numbers of a picture depend on the seed and its place alone"
     @torch.no_grad()
-    def draw(captions, seed=0):
-        parts = torch.arange(len(captions)).split(batch)
-        return torch.cat([paint(tok([captions[i] for i in part]).to(device), Draws(seed, part, device)).float().cpu()
-                          for part in parts])
+    def draw(captions, seed=0, each=None):
+        done = []
+        for part in torch.arange(len(captions)).split(batch):
+            done.append(paint(tok([captions[i] for i in part]).to(device), Draws(seed, part, device)).float().cpu())
+            if each: each(len(part))
+        return torch.cat(done)
     return draw

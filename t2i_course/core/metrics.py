@@ -501,7 +501,8 @@ def evaluate(
     if not judge: return row|dict(note='captions without attributes: no obedience, no features to measure distances in')
     f = judge.features(x)
     precision,recall = precision_recall(r['features'], f, K)
-    bounds = dict(ceiling=r['ceiling']['all'], chance=r['chance'])
+    counted = sum(bool(data.demands(c)) for c in r['captions']) # 'a digit' demands nothing
+    bounds = dict(ceiling=r['ceiling']['all'], chance=r['chance'], n=counted)
     row |= dict(judge=fingerprint(judge), obedience=obedience(judge, x, data, r['captions'])|bounds,
                 fd=frechet(f, r['features']), kid=kid(f, r['features']), precision=precision, recall=recall)
     row |= {k:r[k] for k in ('fd_floor','fd_train','kid_floor','precision_real','recall_real')}

@@ -350,7 +350,7 @@ def drawer(
     boost:float=1.,   # see `guided`
     eta:float=ETA,    # share of fresh noise
     large:bool=False, # variance beta, see `step`
-    batch:int=250,    # pictures at once
+    batch:int=100,    # pictures at once
     sampler=None,     # in place of `sample`: sampler(predict, process, x, ts, draws=draws) yields x
     guide=None,       # in place of `guided`: guide(den, cond) -> predict
     clamp:float=1.,   # see `sample`; latents need more room than pictures
