@@ -177,7 +177,7 @@ def read_card(
     path, # a .safetensors written by `save_judge`
 )->dict:  # what its .json says
     p = Path(path).with_suffix('.json')
-    try: return json.loads(p.read_text())
+    try: return json.loads(p.read_text(encoding='utf-8'))
     except (OSError, ValueError) as e: raise CourseError(f'{p} is missing or damaged ({e}). {_REMEDY}') from e
 
 def read_judge(
