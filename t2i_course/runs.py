@@ -93,6 +93,17 @@ def load_tensors(
                           'or damaged. Delete it, or take it from a backup.')
     return tensors,note
 
+def model_hash(
+    run, # run folder
+)->str:  # sha256 of its model, as the file says
+    "What a run that builds on this one remembers of it"
+    path = Path(run)/'model.safetensors'
+    if not path.is_file(): raise CourseError(f'{run} has no trained model: finish it with t2i train --resume --out {run}, or put it back')
+    try:
+        with safe_open(path, 'pt') as f: header = f.metadata() or {}
+        return json.loads(header.get('note', '{}')).get('sha256') or header.get('sha256')
+    except Exception as e: raise CourseError(f'{path} cannot be read ({e}): it is damaged. Take it from a backup.') from e
+
 # what every config.json says
 NEEDED = ('recipe','data','shape','images','seconds','seed','precision','threads')
 
@@ -139,6 +150,21 @@ def codec_place(
     if not config.get('codec'): return None
     path = Path(config['codec']) # earlier versions wrote the whole path
     return path if path.is_absolute() else Path(os.path.normpath(Path(run).resolve()/path))
+
+def codec_run(
+    run,         # run folder
+    config:dict, # its settings
+)->Path:         # run folder of its codec, None when there is none
+    "The same, and still the codec that the run was trained with"
+    path = codec_place(run, config)
+    if path is None: return None
+    if not (path/'config.json').is_file():
+        raise CourseError(f'{run} uses the codec of {path}, which is not there: put it back, move both together, '
+                          f'or write down its new place with: t2i train --resume --out {run} --codec RUN')
+    if config.get('codec_model') not in (None, model_hash(path)):
+        raise CourseError(f'{run} was trained with another codec than the one that is now in {path} (the hash of its model differs): '
+                          'put the old one back, or train again')
+    return path
 
 def seen_from(
     run,  # run folder
@@ -205,20 +231,30 @@ def one_writer(
             except OSError: pass # another has it open already
 
 # ---- a guest in somebody's process ----
+_making = threading.RLock()
+
 @contextmanager
 def undisturbed():
-    "Random numbers of torch, numpy and Python, and the number of threads, are afterwards what they were: the process may be a notebook"
-    cuda = torch.cuda.is_available() and 'LOCAL_RANK' not in os.environ # a process of torchrun is nobody's notebook
-    mps = torch.backends.mps.is_available()
-    states = torch.get_rng_state(),cuda and torch.cuda.get_rng_state(),mps and torch.mps.get_rng_state()
-    numbers,words,threads = np.random.get_state(),random.getstate(),torch.get_num_threads()
+    "Random numbers of torch, numpy and Python are afterwards what they were: the process may be a notebook. One thread at a time"
+    with _making:
+        cuda = torch.cuda.is_available() and 'LOCAL_RANK' not in os.environ # a process of torchrun is nobody's notebook
+        mps = torch.backends.mps.is_available()
+        kept = torch.get_rng_state(),cuda and torch.cuda.get_rng_state(),mps and torch.mps.get_rng_state()
+        numbers,words = np.random.get_state(),random.getstate()
+        try: yield
+        finally:
+            torch.set_rng_state(kept[0])
+            if cuda: torch.cuda.set_rng_state(kept[1])
+            if mps: torch.mps.set_rng_state(kept[2])
+            np.random.set_state(numbers); random.setstate(words)
+
+@contextmanager
+def same_threads():
+    "The number of threads that torch uses is afterwards what it was"
+    n = torch.get_num_threads()
     try: yield
     finally:
-        torch.set_rng_state(states[0])
-        if cuda: torch.cuda.set_rng_state(states[1])
-        if mps: torch.mps.set_rng_state(states[2])
-        np.random.set_state(numbers); random.setstate(words)
-        if torch.get_num_threads()!=threads: torch.set_num_threads(threads)
+        if torch.get_num_threads()!=n: torch.set_num_threads(n)
 
 class Stopped(Exception):
     "Ctrl-C or SIGTERM asked the run to stop"
