@@ -320,7 +320,10 @@ def digits(
         file,made_with = work/f'{name}.json',same|made_with
         try: old = json.loads(file.read_text(encoding='utf-8'))
         except (OSError, ValueError): old = {}
-        if not alike(old.get('made_with') or {}, made_with): write_json(file, old := dict(made_with=made_with, row=make()))
+        if not alike(old.get('made_with') or {}, made_with):
+            old = dict(made_with=made_with, row=make())
+            work.mkdir(parents=True, exist_ok=True)
+            write_json(file, old)
         return old['row']
     for arm in budgets: res[arm] = {}
     for seconds in sorted({s for v in budgets.values() for s in v}):
