@@ -91,7 +91,7 @@ class TorchCFM:
         try: from torchcfm.models.unet import UNetModel
         except ImportError as e:
             raise CourseError(f'this arm needs torchcfm ({e}): pip install torchcfm, '
-                              'or leave it out with --arms') from e
+                              'or leave it out with --peers diffusers') from e
         self.net = UNetModel(dim=(1,28,28), num_channels=32, num_res_blocks=1, num_classes=10, class_cond=True)
     def loss(self, x1, y): # time runs from noise to data here
         s,noise = torch.rand(len(x1)),torch.randn_like(x1)
@@ -270,15 +270,21 @@ def summary(rows:list)->dict:
     return dict(rows=rows, **{k:dict(mean=sum(r[k] for r in rows)/len(rows),
                                      spread=max(r[k] for r in rows)-min(r[k] for r in rows)) for k in keys})
 
+def own_settings(arm:str, seconds:float, seed:int, ruler:Ruler)->dict:
+    "What the run of such a row has in its config"
+    from t2i_course.cli import settings
+    return settings('flow_matching', ruler.data.name, scale(), seconds, None, seed, 'auto', dict(skip=arm=='ours'))
+
 def own_row(arm:str, seconds:float, seed:int, ruler:Ruler, work:Path)->dict:
     "Train and measure flow matching with (ours) or without (plain) the closed-form skip"
-    from t2i_course.cli import Model, train_run
+    from t2i_course.cli import Model, cleared, train_run
     run = work/f'{arm}-{seconds:g}s-{seed}'
+    cleared(run, own_settings(arm, seconds, seed, ruler))
     cpu = time.process_time()
     train_run('flow_matching', ruler.data.name, seconds=seconds, seed=seed, out=run, quiet=True, save_every=1e6,
               resume=(run/'config.json').exists(), changes=dict(skip=arm=='ours'))
     cpu,model = time.process_time()-cpu,Model(run)
-    took = json.loads((run/'train.json').read_text())
+    took = json.loads((run/'train.json').read_text(encoding='utf-8'))
     c = model.config
     return ruler.row(model.draw, seed)|dict(
         method='flow matching'+(' with the closed-form skip' if arm=='ours' else ''), seed=seed, params=took['params'],
@@ -307,16 +313,24 @@ def digits(
     ruler,work = Ruler(data or load('mnist'), 40 if small else 1000),Path('runs')/'bench'
     budgets = budgets or BUDGETS
     res = stamp|dict(bar=BAR, protocol=ruler.about())
-    def keep(name, make):
-        "The row of an earlier call, or a new one"
-        file = work/f'{name}.json'
-        if not file.exists(): write_json(file, make())
-        return json.loads(file.read_text())
+    same = {k:stamp.get(k) for k in ('scale','hardware','versions')}|dict(data=ruler.data.name, source=ruler.data.source, n=ruler.n)
+    def keep(name, make, **made_with):
+        "The row of an earlier call of the same scale, settings, version and machine, or a new one"
+        from t2i_course.cli import alike
+        file,made_with = work/f'{name}.json',same|made_with
+        try: old = json.loads(file.read_text(encoding='utf-8'))
+        except (OSError, ValueError): old = {}
+        if not alike(old.get('made_with') or {}, made_with):
+            old = dict(made_with=made_with, row=make())
+            work.mkdir(parents=True, exist_ok=True)
+            write_json(file, old)
+        return old['row']
     for arm in budgets: res[arm] = {}
     for seconds in sorted({s for v in budgets.values() for s in v}):
         for seed in seeds:
             for arm in (a for a,v in budgets.items() if seconds in v):
-                row = keep(f'{arm}-{seconds:g}-{seed}', partial(own_row, arm, seconds, seed, ruler, work))|dict(data=ruler.data.name)
+                row = keep(f'{arm}-{seconds:g}-{seed}', partial(own_row, arm, seconds, seed, ruler, work),
+                           config=own_settings(arm, seconds, seed, ruler)|dict(versions=None))|dict(data=ruler.data.name)
                 say(f"{arm} {seconds:g} s, seed {seed}: {100*row['accuracy']:.1f}%, {row['fd_floors']:.2f} floors, "
                     f"recall {row['recall']:.2f}, broken {100*row['broken']:.1f}%")
                 res[arm].setdefault(f'{seconds:g}', []).append(row)
@@ -324,7 +338,7 @@ def digits(
     for arm in budgets: res[arm] = {k:summary(v) for k,v in res[arm].items()}
     res['time_to_bar'] = {k:time_to_bar(res[k]) for k in budgets}
     for name in peers:
-        row = keep(f'{name}-{peer_seconds:g}', partial(peer_row, name, peer_seconds, ruler, say, 20 if small else 200))
+        row = keep(f'{name}-{peer_seconds:g}', partial(peer_row, name, peer_seconds, ruler, say, 20 if small else 200), seconds=peer_seconds)
         row['data'] = ruler.data.name
         say(f"{name} {peer_seconds:g} s: {100*row['accuracy']:.1f}%, {row['fd_floors']:.0f} floors, "
             f"{row['steps_per_second']:.2f} steps a second, bar {row['bar']}")
@@ -334,7 +348,7 @@ def digits(
     say('share of the convolution peak ...')
     from t2i_course.flow.flow_matching import recipe_for
     config = recipe_for(ruler.data, 'smoke' if small else 'demo', 60)
-    res['roofline'] = keep('roofline', lambda: roofline(config, ruler.data, 4 if small else 30))
+    res['roofline'] = keep('roofline', lambda: roofline(config, ruler.data, 4 if small else 30), config=config)
     write_json(path, res)
     say(f'wrote {path}')
 

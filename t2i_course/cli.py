@@ -1,5 +1,5 @@
 """The `t2i` command: train, sample, eval, run, data, bench, report, doctor, demo."""
-import argparse, errno, json, math, os, platform, sys, time
+import argparse, errno, json, math, os, platform, shlex, shutil, sys, time
 from contextlib import contextmanager
 from datetime import date
 from importlib import import_module, metadata
@@ -9,7 +9,8 @@ import torch
 from t2i_course.core.data import CourseError, Draws, load, results_path, scale as current_scale
 from t2i_course.core.ema import state_for
 from t2i_course.core.training import ALONE, bf16_pays, feed, pick_device, spent, train
-from t2i_course.runs import (Stopped, config_hash, cut_log, follow, load_tensors, read_config, save_tensors,
+from t2i_course.runs import (Stopped, belongs, codec_place, codec_run, config_hash, cut_log, follow, is_place, load_tensors,
+                             model_hash, one_writer, read_config, same_threads, save_tensors, seen_from, undisturbed,
                              write_json, write_whole)
 from t2i_course.runs import resume as take_up
 
@@ -38,8 +39,9 @@ OPTIONS = dict(steps=(1,1000,True), guidance=(0,50,False), temperature=(0,10,Fal
 KEYS = dict(steps='sample_steps') # where the config calls an option by another name
 
 def say(text=''):
-    "A line on standard error"
-    print(text, file=sys.stderr, flush=True)
+    "A line on standard error; a letter that the terminal has no code for is written as a number"
+    code = getattr(sys.stderr, 'encoding', None) or 'utf-8'
+    print(str(text).encode(code, 'backslashreplace').decode(code), file=sys.stderr, flush=True)
 
 def module(name:str, table:dict=RECIPES):
     "The module of a recipe or chapter"
@@ -79,15 +81,22 @@ def hardware()->str:
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
     name,info = platform.processor() or platform.machine(),Path('/proc/cpuinfo')
     if info.exists():
-        names = (l.split(':')[1].strip() for l in info.read_text().splitlines() if l.startswith('model name'))
+        names = (l.split(':')[1].strip() for l in info.read_text(encoding='utf-8', errors='replace').splitlines() if l.startswith('model name'))
         name = next(names, name)
     return f'{name}, {os.cpu_count()} cores'
 
-def command()->str:
-    "The command that is running"
-    return ' '.join(['t2i', *sys.argv[1:]]) if Path(sys.argv[0]).name in ('t2i','cli.py') else 'python'
+_typed = [] # the command line that `main` is at work on
+
+def command(
+    call='', # where Python calls: the function with its arguments
+)->str:
+    "The command that is running, as it was typed; or the call, where no command is"
+    if not _typed: return f'python: {call}'
+    as_module = Path(sys.argv[0]).name=='__main__.py'
+    return shlex.join([*(('python','-m','t2i_course') if as_module else ('t2i',)), *_typed[-1]])
 
 # ---- train ----
+@undisturbed() # the probe of bfloat16 draws random numbers
 def settings(recipe, data, scale, seconds, images, seed, precision, changes=None, codec=None)->dict:
     "The config of a new run: everything needed to make the same model again"
     mod,ds = module(recipe),open_data(data, codec)
@@ -95,10 +104,11 @@ def settings(recipe, data, scale, seconds, images, seed, precision, changes=None
     else: config = mod.recipe(ds.shape[0], ds.words, ds.size, scale)
     if images is None and seconds is None: images = IMAGES[scale]
     if precision=='auto': precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
-    if codec: config |= dict(codec=str(Path(codec).resolve()), clamp=4.) # whitened latents: variance 1, not [-1,1]
+    if codec: config |= dict(codec=str(Path(codec).resolve()), codec_model=model_hash(codec), clamp=4.) # whitened latents: variance 1, not [-1,1]
     return config|(changes or {})|dict(
         data=str(Path(data).resolve()) if Path(data).is_dir() else data,
         source=ds.source, shape=list(ds.shape), scale=scale,
+        fingerprint=getattr(ds, 'fingerprint', None),
         images=images, seconds=seconds, seed=seed, precision=precision,
         threads=torch.get_num_threads(), versions=versions(), hardware=hardware())
 
@@ -112,16 +122,17 @@ def make_folder(out)->Path:
         raise CourseError(f'{out} cannot be written ({e.strerror}). Choose another --out.') from e
     return out
 
+@same_threads()
 def train_run(
-    recipe='flow_matching',# see RECIPES
-    data='painted',        # name of a data set, or a folder
+    recipe=None,           # see RECIPES; default flow_matching
+    data=None,             # name of a data set, or a folder; default painted
     scale=None,            # smoke, demo or full; default T2I_SCALE, else demo
     seconds=None,          # wall time of training, fitting a skip included
     images=None,           # or images seen: the clock that makes a run repeatable; with both, whichever is used up first
-    seed=0,                # of every random number
+    seed=None,             # of every random number; default 0
     out=None,              # run folder; default runs/RECIPE-DATA-SEED
-    resume=False,          # go on with the run in `out`
-    precision='auto',      # auto, fp32, bf16 or fp16
+    resume=False,          # go on with the run in `out`: what is given must be what it was started with
+    precision=None,        # auto, fp32, bf16 or fp16; default auto
     quiet=False,           # no progress bar
     save_every=20.,        # seconds between checkpoints
     changes=None,          # entries of the recipe to replace in a new run
@@ -133,28 +144,106 @@ def train_run(
     between(seconds, 1e-3, 1e8, '--seconds')
     between(images, 1, 1e12, '--images', whole=True)
     between(seed, 0, 2**62, '--seed', whole=True)
-    out,ranks = Path(out or f'runs/{recipe}-{Path(data).name}-{seed}'),sharers(shard)
-    if ranks.rank: # process 0 has written it, or has stopped with a sentence
+    given = dict(recipe=recipe, data=data, scale=scale, seconds=seconds, images=images, seed=seed, precision=precision,
+                 changes=changes, codec=codec)
+    out,ranks = Path(out or default_run(recipe, data, seed)),sharers(shard)
+    if ranks.rank: # process 0 has written the config, or has stopped with a sentence
         ranks.wait()
-        config = read_config(out)
-    elif (out/'config.json').exists():
-        if not resume:
-            raise CourseError(f'{out} already holds a run: go on with it by --resume, '
-                              'or choose another --out')
-        config = read_config(out)
-        for name,value in (('images',images),('seconds',seconds)):
-            if value and value!=config[name]:
-                clock = 'images' if config['images'] else 'seconds'
-                raise CourseError(f'{out} was started with --{clock} {config[clock]}; '
-                                  f'resume without --{name}, or train into another folder')
+        fit_run(out, read_config(out), quiet, save_every, ranks, shard, **outside)
     else:
-        if resume: say(f'{out} holds no run yet: starting from the beginning')
-        config = settings(recipe, data, scale or current_scale(), seconds, images, seed, precision, changes, codec)
-        write_json(make_folder(out)/'config.json', config)
-    if ranks.rank==0: ranks.wait()
-    fit_run(out, config, quiet, save_every, ranks, shard, **outside)
+        with run_folder(out, resume, given) as config:
+            ranks.wait()
+            fit_run(out, config, quiet, save_every, ranks, shard, **outside)
     ranks.close()
     return out
+
+def default_run(recipe, data, seed)->str:
+    "runs/RECIPE-DATA-SEED, without what a file name cannot hold"
+    name = Path(data or 'painted').resolve().name if is_place(data or '') or data in ('.','..') else data or 'painted'
+    name = ''.join('_' if c in '<>:"|?*' else c for c in str(name))
+    return f"runs/{recipe or 'flow_matching'}-{name}-{seed or 0}"
+
+@contextmanager
+def run_folder(out:Path, resume:bool, given:dict):
+    "The settings of a new run, or of the one to go on with; inside, nobody else writes there"
+    def holds(): return (out/'config.json').exists()
+    taken = CourseError(f'{out} already holds a run: go on with it by --resume, or choose another --out')
+    if holds():
+        if not resume: raise taken
+        config = None
+    else:
+        if resume: say(f'{out} holds no run yet: starting from the beginning')
+        new = given|{k:given[k] if given[k] is not None else v for k,v in USUAL.items()}
+        config = settings(**new|dict(scale=new['scale'] or current_scale()))
+        if config.get('codec'): config['codec'] = seen_from(out, config['codec'])
+        make_folder(out)
+    with one_writer(out):
+        if config is None: config = same_run(out, given)
+        elif holds(): raise taken # another process was faster
+        else: write_json(out/'config.json', config)
+        yield config
+
+USUAL = dict(recipe='flow_matching', data='painted', seed=0, precision='auto') # of a new run, where nothing is said
+
+def same_run(
+    out:Path,   # a run folder
+    given:dict, # option -> value, None where it was not given
+)->dict:        # its settings
+    "What is given at --resume has to be what the run was started with; only the places of folders may change"
+    config = read_config(out)
+    if given['recipe'] not in (None, config['recipe']):
+        raise CourseError(f"{out} is a run of {config['recipe']}, not of {given['recipe']}: resume with {config['recipe']}, "
+                          'or train into another folder')
+    def refuse(name, old): raise CourseError(f'{out} was started with {old}; resume without --{name}, or train into another folder')
+    for name,value in given.items():
+        if value is None or name in ('recipe','data','codec') or (name, value)==('precision','auto'): continue
+        if name=='changes':
+            for k,v in json.loads(json.dumps(value)).items():
+                if config.get(k)!=v: raise CourseError(f'{out} was started with {k} = {config.get(k)}, not {v}: train into another folder')
+        elif name in ('images','seconds') and value!=config[name]:
+            clock = 'images' if config['images'] else 'seconds'
+            refuse(name, f'--{clock} {config[clock]}')
+        elif name in config and value!=config[name]: refuse(name, f'--{name} {config[name]}')
+    moved = {k:v for k,v in dict(codec=moved_codec(out, config, given['codec'], refuse)).items() if v}
+    moved |= {k:v for k,v in dict(data=moved_data(out, config|moved, given['data'], refuse)).items() if v}
+    if moved:
+        config |= moved
+        write_json(out/'config.json', config)
+        say(f"{out/'config.json'}: new place of {', '.join(moved)} written down")
+    return config
+
+def moved_data(out:Path, config:dict, data, refuse)->str:
+    "The new place of a folder, where it holds the same pictures; None when it has not moved"
+    old = config['data']
+    if data is None or str(data)==old or is_place(old) and Path(data).resolve()==Path(old): return None
+    if not is_place(old) or not Path(data).is_dir(): refuse('data', f'--data {old}')
+    if not config.get('fingerprint'):
+        raise CourseError(f'{out} does not say which pictures it was started with, because an earlier version made it: put the folder back to {old}')
+    if getattr(open_data(data, codec_place(out, config)), 'fingerprint', None)!=config['fingerprint']:
+        raise CourseError(f'{out} was started with other pictures or captions than those in {data}: name the folder that holds them, '
+                          'or train into another folder')
+    return str(Path(data).resolve())
+
+def moved_codec(out:Path, config:dict, codec, refuse)->str:
+    "The new place of the codec's run, where it holds the same codec; None when it has not moved"
+    old = codec_place(out, config)
+    if codec is None or old==Path(codec).resolve(): return None
+    if old is None: refuse('codec', 'no --codec')
+    if config.get('codec_model')!=model_hash(codec): refuse('codec', f'--codec {old}')
+    return seen_from(out, codec)
+
+def missing_folder(out:Path, config:dict)->CourseError:
+    "A sentence, when the pictures of a run are not where they were; None when they are"
+    if not is_place(config['data']) or Path(config['data']).is_dir(): return None
+    return CourseError(f"the pictures of {out} were in {config['data']}, which is not there: if the folder was moved, write down its new "
+                       f'place with: t2i train --resume --out {out} --data FOLDER')
+
+def run_data(out:Path, config:dict):
+    "The pictures of a run, and are they still the same?"
+    lost = missing_folder(out, config)
+    if lost: raise lost
+    ds = open_data(config['data'], codec_run(out, config))
+    return ds,config.get('fingerprint') in (None, getattr(ds, 'fingerprint', None))
 
 def sharers(
     shard=None, # ddp, fsdp or None
@@ -181,10 +270,14 @@ def fit_run(
     accumulate:int=1,   # micro-batches a step
 ):
     "The training itself: what the model becomes is in the config, how the work is done in the other arguments"
-    device,ds = pick_device(),open_data(config['data'], config.get('codec'))
+    device,(ds,same) = pick_device(),run_data(out, config)
+    if not same:
+        raise CourseError(f"the pictures or captions in {config['data']} are not those that {out} was started with: some were added, "
+                          'removed or changed. Put them back, or train into another folder.')
     if ranks.size==1: torch.set_num_threads(min(config['threads'], os.cpu_count() or 1))
-    torch.manual_seed(config['seed'])
-    tok,den = module(config['recipe']).build(config)
+    with undisturbed():
+        torch.manual_seed(config['seed'])
+        tok,den = module(config['recipe']).build(config)
     den.net.to(device); den.to(device)
     called = den.net
     if shard or checkpointing or compiled:
@@ -206,7 +299,7 @@ def fit_run(
     records = train(state, den.loss, feed(ds, tok), images=config['images'], seconds=config['seconds'], accumulate=accumulate,
                     batch=config['batch'], seed=config['seed'], clip=config.get('clip', 1.), ranks=ranks)
     bar = progress_bar(state, config, quiet or ranks.rank)
-    with open(out/'log.jsonl' if ranks.rank==0 else os.devnull, 'a') as log:
+    with open(out/'log.jsonl' if ranks.rank==0 else os.devnull, 'a', encoding='utf-8') as log:
         for r in follow(state, records, out, config, tables, save_every, ranks, shard is not None):
             if shard and not quiet and r.step==1: say(share_line(state, ranks))
             bar(r)
@@ -292,37 +385,46 @@ def counting(
 class Model:
     "A trained run, ready to draw"
     def __init__(self,
-        run, # run folder
+        run,       # run folder
+        data=None, # where its pictures lie now, if their folder was moved
     ):
         self.run,self.config = Path(run),read_config(run)
+        if data:
+            if not is_place(self.config['data']): raise CourseError(f"{run} was trained on {self.config['data']}: leave --data out")
+            self.config['data'] = str(Path(data).resolve())
         path = self.run/'model.safetensors'
         if not path.exists():
             raise CourseError(f'{run} is not trained to the end yet: '
                               f'go on with t2i train --resume --out {run}')
         tensors,note = load_tensors(path)
-        if note.get('config')!=config_hash(self.config):
+        if not belongs(note, self.config):
             raise CourseError(f'{path} belongs to other settings than {run}/config.json. '
                               'Train again into another folder.')
         self.module,self.device = module(self.config['recipe']),pick_device()
-        self.tok,self.den = self.module.build(self.config)
+        try:
+            with undisturbed(): self.tok,self.den = self.module.build(self.config)
+        except CourseError as e: raise missing_folder(self.run, self.config) or e
         own = lambda p: {k[len(p):]:v for k,v in tensors.items() if k.startswith(p)}
         self.den.net.load_state_dict(own('net.'))
         self.den.net.to(self.device).eval()
         if getattr(self.den, 'skip', None) is not None: self.den.skip.tables = own('skip.')
         self.den.to(self.device)
-        self.codec = Model(self.config['codec']).den.codec if self.config.get('codec') else None
+        codec = codec_run(self.run, self.config)
+        self.codec = Model(codec).den.codec if codec else None
 
     def draw(self,
         captions,       # n texts; '' draws without condition
         seed=0,         # of the noise
         steps=None,     # network evaluations; default the recipe's
-        guidance=None,  # scale; default the recipe's
+        guidance=None,  # scale; default the recipe's; 0 draws as if the captions were empty
         each=None,      # each(k) hears of every k pictures that are drawn
         **others,       # further options of the recipe, see OPTIONS
     )->torch.Tensor:    # (n c h w) in [-1,1]
         "Pictures of captions; the noise of a picture depends on the seed and its place alone"
         c,given = self.config,dict(others, steps=steps, guidance=guidance)
         c = c|{KEYS.get(k, k):v for k,v in self.asked(given).items()}
+        if c.get('guidance')==0: # outside the guidance interval, in retrieval and in the choice among candidates too
+            captions,c = ['']*len(captions),c|dict(guidance=self.config['guidance'] or 1.)
         low = torch.float16 if c['precision']=='fp16' else torch.bfloat16
         draw = self.den.painter(self.tok, c)
         with torch.autocast(torch.device(self.device).type, low, enabled=c['precision']!='fp32'):
@@ -372,12 +474,14 @@ def eval_run(
     n=1000,       # drawings
     seed=0,       # of captions and noise
     quiet=False,  # print nothing, show no progress
+    data=None,    # where its pictures lie now, if their folder was moved
 )->dict:          # the row
     "The measured row of a run; written to metrics.json in its folder"
     from t2i_course.core.metrics import evaluate
-    m = Model(run)
-    c,t = m.config,json.loads((m.run/'train.json').read_text())
-    data = open_data(c['data'], c.get('codec'))
+    m,call = Model(run, data),f'eval_run({str(run)!r}, n={n}, seed={seed})'
+    c,t = m.config,json.loads((m.run/'train.json').read_text(encoding='utf-8'))
+    data,same = run_data(m.run, c)
+    if not same: say(f"the pictures or captions in {c['data']} are not those that {run} was trained on: measured beside what is there now")
     if not quiet: say(f'measuring {m.run}: reading real pictures to compare with ...')
     def draw(captions, seed):
         with counting(len(captions), 'drawing', quiet) as each: return m.draw(captions, seed, each=each)
@@ -386,7 +490,7 @@ def eval_run(
         images=t['images'], train_seconds=t['seconds'], steps=t['steps'], train_seed=c['seed'],
         nfe=m.den.calls(c), **{k:c[KEYS.get(k, k)] for k in m.den.options if k!='steps'},
         precision_mode=c['precision'], source=c['source'], hardware=hardware(), versions=versions(),
-        date=str(date.today()), command=command())
+        date=str(date.today()), command=command(call))
     write_json(m.run/'metrics.json', row)
     if not quiet: print(row_text(row))
     return row
@@ -420,7 +524,32 @@ def row_text(row:dict)->str:
     return '\n'.join(out)
 
 # ---- demo ----
-FILES = ('config.json','checkpoint.safetensors','log.jsonl','train.json','model.safetensors')
+# what a run consists of. The config goes last: what is left of an interruption is still known as a run
+FILES = ('model.safetensors','train.json','metrics.json','samples.png','log.jsonl','checkpoint.safetensors','config.json')
+
+def clear_run(
+    out:Path, # a folder that holds a run which may go
+):
+    "Take the files of a run away, and nothing else"
+    for part in out.glob('.*.part'): part.unlink(missing_ok=True)
+    for folder in out.glob('checkpoint-*'): shutil.rmtree(folder)
+    for name in FILES: (out/name).unlink(missing_ok=True)
+
+@contextmanager
+def claim_demo_folder(
+    out:Path, # where the demo wants to write
+):
+    "An earlier demo is cleared away, a stranger's files never; inside, nobody else writes there"
+    with one_writer(make_folder(out)):
+        found = [n for n in FILES if (out/n).exists()]+[p.name for p in out.glob('checkpoint-*')]
+        try: config = read_config(out) if 'config.json' in found else {}
+        except CourseError: config = {}
+        # earlier versions left no mark; the folder that is the demo's own by name is known all the same
+        own = config.get('demo') or out==Path('runs/demo') and (config.get('recipe'), config.get('data'))==('flow_matching', 'painted')
+        if found and not own:
+            raise CourseError(f"{out} holds {', '.join(found)}, which t2i demo did not make: choose another --out, or take them away yourself")
+        clear_run(out)
+        yield
 
 # a fast machine sees so many pictures in half a minute; a slow one stops at the limit and measures fewer drawings
 CLOCK = dict(smoke=dict(images=1_024, seconds=60., n=64), demo=dict(images=40_000, seconds=150., n=1000))
@@ -429,16 +558,19 @@ PATIENCE = 45. # seconds that the demo's drawings for measuring may take
 
 def demo(
     seconds=None,   # time limit of training; default 150
-    out='runs/demo',# run folder; a run that it holds is replaced
+    out='runs/demo',# run folder; an earlier demo that it holds is replaced
     images=None,    # pictures to train on; default 40,000
 )->dict:            # the measured row
     "Train on painted digits, draw typed prompts, measure: a minute on a fast machine, at most four on a slow one"
-    out,clock = Path(out),CLOCK[current_scale()]
-    for name in FILES: (out/name).unlink(missing_ok=True)
+    with claim_demo_folder(Path(out)): return make_demo(seconds, Path(out), images)
+
+def make_demo(seconds, out:Path, images)->dict:
+    "The demo, in a folder that is its own"
+    clock = CLOCK[current_scale()]
     images,seconds = images or clock['images'],seconds or clock['seconds']
     print(f'Training a text-to-image model on {images:,} painted digits, for {seconds:g} seconds at most '
           '(flow matching with a closed-form head start) ...', flush=True)
-    train_run('flow_matching', 'painted', seconds=seconds, images=images, out=out)
+    train_run('flow_matching', 'painted', seconds=seconds, images=images, out=out, changes=dict(demo=True))
     print(clock_text(json.loads((out/'train.json').read_text(encoding='utf-8')), images, seconds), flush=True)
     start = time.perf_counter()
     x,texts = sample_run(out, PROMPTS)
@@ -477,6 +609,11 @@ def judged(
 )->int:
     "Captions to measure with: half as many again are drawn of held-out pairs"
     return max(min(most, 200), min(most, int(PATIENCE/(1.5*each))//100*100))
+SHEET = 256 # pictures that can still be told apart, and read, on one sheet
+
+def fits_sheet(n:int):
+    "More pictures than a sheet can show are refused, before they are drawn"
+    if n>SHEET: raise CourseError(f'{n:,} pictures do not fit on one sheet, which shows at most {SHEET}: take --out pictures.npz, or draw fewer')
 
 def write_sheet(
     path,     # a .png file
@@ -486,13 +623,10 @@ def write_sheet(
 ):
     "A labelled grid of pictures"
     from t2i_course.core.plots import sheet
+    fits_sheet(len(x))
     x = torch.from_numpy(x).permute(0,3,1,2)/127.5-1
-    def write(p): # the ending tells the kind of picture
-        png = Path(f'{p}.png')
-        try:
-            sheet(x, texts, str(png), title=title)
-            os.replace(png, p)
-        finally: png.unlink(missing_ok=True)
+    def write(p):
+        with open(p, 'wb') as f: sheet(x, texts, f, title=title)
     write_whole(path, write)
 
 def write_npz(
@@ -517,18 +651,54 @@ def put(
 
 def stamp(chapter:str, seeds)->dict:
     "Who made a result, when, on what"
-    return dict(chapter=chapter, command=command(), date=str(date.today()), hardware=hardware(),
+    call = f"bench(seeds={tuple(seeds)})" if chapter=='bench' else f"run_chapter('{chapter}', {tuple(seeds)})"
+    return dict(chapter=chapter, command=command(call), date=str(date.today()), hardware=hardware(),
                 versions=versions(), seeds=list(seeds), scale=current_scale())
+
+def alike(
+    old:dict, # of a run or row that is there
+    new:dict, # of the one that is wanted
+)->bool:
+    "The same settings, and versions of torch and of this package; another Python does not matter"
+    def said(c):
+        versions = c.get('versions') or {}
+        return json.loads(json.dumps(c|dict(versions=[versions.get(k) for k in ('torch','t2i_course')])))
+    return said(old)==said(new)
+
+def cleared(
+    out:Path,    # a run folder, which need not exist
+    wanted:dict, # settings that the run should have
+):
+    "A run with other settings, of another scale, machine or version, is taken away, so that it is trained anew"
+    if not (out/'config.json').exists(): return
+    with one_writer(out):
+        try: config = read_config(out)
+        except CourseError: config = {}
+        if alike(config, wanted): return
+        say(f'{out} was made with other settings or by another version: it is made anew')
+        clear_run(out)
+
+def kept_row(
+    out:Path, # a run folder
+    n:int,    # drawings of the row that is wanted
+)->dict:      # None when there is none
+    "The measured row of a run that `cleared` has left standing"
+    try: row = json.loads((out/'metrics.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError): return None
+    same = [(row.get('versions') or {}).get(k)==versions()[k] for k in ('torch','t2i_course')]
+    return row if row.get('n')==n and all(same) else None
 
 def measured_rows(recipe, data, seeds, seconds, work:Path)->dict:
     "Train and measure once a seed; mean and spread of the main numbers"
-    rows = []
+    rows,n = [],64 if current_scale()=='smoke' else 1000
     for s in seeds:
         out = work/f'{recipe}-{data}-{seconds:g}s-{s}'
-        if (out/'metrics.json').exists(): rows.append(json.loads((out/'metrics.json').read_text()))
-        else:
+        cleared(out, settings(recipe, data, current_scale(), seconds, None, s, 'auto'))
+        row = kept_row(out, n)
+        if row is None:
             train_run(recipe, data, seconds=seconds, seed=s, out=out, resume=(out/'config.json').exists())
-            rows.append(eval_run(out, n=64 if current_scale()=='smoke' else 1000))
+            row = eval_run(out, n=n)
+        rows.append(row)
     main = dict(obedience=lambda r: r['obedience']['all'], fd_floors=lambda r: r['fd']/r['fd_floor'],
                 recall=lambda r: r['recall'])
     if 'heldout' in rows[0]: main['heldout'] = lambda r: r['heldout']['all']
@@ -553,7 +723,7 @@ def run_chapter(
     mod = module(name, CHAPTERS)
     if name=='metrics': return mod.make_judges(out)
     path = result_file(out, name)
-    res = (json.loads(path.read_text()) if path.exists() else {})|stamp(name, seeds)
+    res = (json.loads(path.read_text(encoding='utf-8')) if path.exists() else {})|stamp(name, seeds)
     if name=='report_card': return report_card(res, path, seeds, seconds)
     seconds = seconds or (3 if current_scale()=='smoke' else 60)
     for data in dict(ddpm=['digits','painted'], dit=['painted'], flow_matching=['painted']).get(name, []):
@@ -593,8 +763,9 @@ def report_card(
     for key,value in experiments(current_scale(), seeds):
         put(res, key, value)
         write_json(path, res|dict(seconds=seconds, prompts=PROMPTS, pictures=list(drawn)))
-    from matplotlib.image import imsave
-    imsave(path.with_suffix('.png'), mosaic(torch.cat(list(drawn.values())), len(PROMPTS)).numpy())
+    from PIL import Image
+    picture = Image.fromarray(mosaic(torch.cat(list(drawn.values())), len(PROMPTS)).numpy())
+    write_whole(path.with_suffix('.png'), lambda p: picture.save(p, 'png'))
     print(f'wrote {path}')
 
 def bench(
@@ -686,12 +857,14 @@ def doctor():
 
 # ---- the command line ----
 def read_captions(
-    path, # a UTF-8 file, one caption a line
+    path, # a UTF-8 file, one caption a line; a pipe is read as well, - is standard input
 )->list:  # captions; '' draws without condition
     "The captions of a file"
-    path = Path(path)
-    if not path.is_file(): raise CourseError(f'caption file {path} does not exist: give a UTF-8 text file')
-    try: text = path.read_text(encoding='utf-8-sig')
+    piped,path = str(path)=='-',Path(path)
+    if not piped and (not path.exists() or path.is_dir()):
+        raise CourseError(f'caption file {path} {"is a folder" if path.is_dir() else "does not exist"}: give a UTF-8 text file')
+    raw = sys.stdin.buffer.read() if piped else path.read_bytes()
+    try: text = raw.decode('utf-8-sig').replace('\r\n', '\n').replace('\r', '\n')
     except UnicodeDecodeError as e:
         raise CourseError(f'{path} is not UTF-8 text (byte {e.start}). '
                           'Save it as UTF-8, one caption a line.') from e
@@ -705,13 +878,8 @@ def cmd_train(a):
         for k,v in RECIPES.items(): print(f'{k:15} {import_module(v).__doc__.strip().splitlines()[0]}')
         return
     between(a.save_every, 0, 1e6, '--save-every')
-    if a.resume and a.out and (Path(a.out)/'config.json').exists():
-        recipe = read_config(a.out)['recipe']
-        if a.recipe not in (None, recipe):
-            raise CourseError(f'{a.out} is a run of {recipe}, not of {a.recipe}: resume with {recipe}, '
-                              'or train into another folder')
-        a.recipe = recipe
-    if not a.recipe: raise CourseError(f"say which recipe to train: {', '.join(RECIPES)}")
+    known = a.resume and a.out and (Path(a.out)/'config.json').exists() # the run knows its recipe
+    if not (a.recipe or known): raise CourseError(f"say which recipe to train: {', '.join(RECIPES)}")
     out = train_run(a.recipe, a.data, a.scale, a.seconds, a.images, a.seed, a.out, a.resume, a.precision,
                     a.quiet, a.save_every, codec=a.codec, shard=a.shard, checkpointing=a.checkpointing, compiled=a.compile,
                     accumulate=between(a.accumulate, 1, 4096, '--accumulate', whole=True))
@@ -725,6 +893,7 @@ def cmd_sample(a):
     if ext not in ('.png','.npz'): raise CourseError(f"--out must end in .png or .npz; got '{a.out}'")
     between(a.per_caption, 1, 10_000, '--per-caption', whole=True)
     captions = a.prompt if a.prompt is not None else read_captions(a.captions)
+    if ext=='.png': fits_sheet(len(captions)*a.per_caption)
     options = {k:getattr(a, k) for k in OPTIONS}
     for k,v in options.items(): between(v, *OPTIONS[k][:2], f'--{k}', whole=OPTIONS[k][2])
     model = Model(a.run)
@@ -738,7 +907,7 @@ def cmd_eval(a):
     "t2i eval"
     between(a.n, 8, 100_000, '--n', whole=True)
     between(a.seed, 0, 2**62, '--seed', whole=True)
-    eval_run(a.run, a.n, a.seed)
+    eval_run(a.run, a.n, a.seed, data=a.data)
 
 def cmd_data(a):
     "t2i data"
@@ -769,7 +938,7 @@ def cmd_prepare(a):
     if codec is not None and not hasattr(codec, 'codec'):
         raise CourseError(f'{a.codec} is a run without a codec: train one with t2i train vae')
     make_folder(a.out)
-    with tqdm(total=a.images, unit='img', disable=a.quiet, file=sys.stderr) as bar:
+    with one_writer(a.out), tqdm(total=a.images, unit='img', disable=a.quiet, file=sys.stderr) as bar:
         prepare(open_data(a.data), a.out, a.images, codec and codec.codec, shard_size=a.shard_size, split=a.split, seed=a.seed,
                 store=a.store, progress=lambda n: bar.update(n-bar.n))
     print(f'{a.out}: {a.images:,} images in shards. '+
@@ -797,15 +966,15 @@ def add_train(command):
     a = command('train', 'train a recipe into a run folder', cmd_train)
     a('recipe', nargs='?', help=', '.join(RECIPES))
     a('--list', action='store_true', help='the recipes')
-    a('--data', default='painted', help=f'{DATA} of captioned images (default painted)')
+    a('--data', help=f'{DATA} of captioned images (default painted); with --resume: the new place of a folder that was moved')
     a('--scale', choices=['smoke','demo','full'],
       help='size of the model and default length (default: T2I_SCALE, else demo)')
     a('--seconds', type=float, metavar='N', help='wall time of training')
     a('--images', type=int, metavar='N', help='images seen: the clock that makes runs repeatable; with --seconds, whichever is first')
-    a('--precision', choices=['auto','fp32','bf16','fp16'], default='auto',
-      help='auto: bf16 where a short probe shows that it pays')
-    a('--seed', type=int, default=0, metavar='N', help='of every random number (default 0)')
-    a('--resume', action='store_true', help='go on with the run in --out')
+    a('--precision', choices=['auto','fp32','bf16','fp16'],
+      help='auto, the default: bf16 where a short probe shows that it pays')
+    a('--seed', type=int, metavar='N', help='of every random number (default 0)')
+    a('--resume', action='store_true', help='go on with the run in --out; other options may be left out, and may not differ')
     a('--out', metavar='RUN', help='run folder (default runs/RECIPE-DATA-SEED)')
     a('--save-every', type=float, default=20., metavar='N', help='seconds between checkpoints (default 20)')
     a('--quiet', action='store_true', help='no progress bar')
@@ -819,18 +988,18 @@ def add_sample(command):
     "Options of t2i sample"
     a = command('sample', 'draw captions with a trained run', cmd_sample)
     a('run', help='run folder')
-    a('--prompt', nargs='+', metavar='TEXT', help='captions')
+    a('--prompt', nargs='+', action='extend', metavar='TEXT', help='captions; may be given several times')
     a('--captions', metavar='FILE',
-      help='UTF-8 file, one caption a line; a blank line draws without condition')
+      help='UTF-8 file or pipe (- is standard input), one caption a line; a blank line draws without condition')
     a('--per-caption', type=int, default=1, metavar='N', help='pictures of each caption (default 1)')
     a('--steps', type=int, metavar='N', help="sampler steps (default the recipe's)")
-    a('--guidance', type=float, metavar='W', help="guidance scale; 1 = none (default the recipe's)")
+    a('--guidance', type=float, metavar='W', help="guidance scale; 1 = none, 0 = the empty caption (default the recipe's)")
     a('--temperature', type=float, metavar='X', help='autoregressive recipes: of the softmax over codes')
     a('--candidates', type=int, metavar='N', help='autoregressive recipes: draw N, keep the one that fits best')
     a('--truncation', type=float, metavar='X', help='GAN recipes: how far from the mean latents may lie')
     a('--seed', type=int, default=0, metavar='N', help='of the noise (default 0)')
     a('--out', required=True, metavar='FILE',
-      help='picture.png (a labelled sheet) or pictures.npz (images, captions)')
+      help=f'picture.png (a labelled sheet of at most {SHEET}) or pictures.npz (images, captions)')
 
 def add_rest(command):
     "Options of the commands around training and sampling"
@@ -838,6 +1007,7 @@ def add_rest(command):
     a('run', help='run folder')
     a('--n', type=int, default=1000, metavar='N', help='drawings (default 1000)')
     a('--seed', type=int, default=0, metavar='N', help='of captions and noise (default 0)')
+    a('--data', metavar='FOLDER', help='the new place of its pictures, if their folder was moved')
     a = command('run', 'make the measurements of a chapter (results/CHAPTER.json)', cmd_run)
     a('chapter', help=', '.join(('demo',*CHAPTERS)))
     a('--seeds', type=int, default=2, metavar='N', help='how many (default 2)')
@@ -896,6 +1066,9 @@ def lost(e:RuntimeError)->bool:
 
 def main(argv=None)->int:
     "Entry point; a mistake of the user is one sentence and exit code 2"
+    for stream in (sys.stdout, sys.stderr): # captions may hold letters that the terminal has no code for
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
+    _typed.append([str(v) for v in (sys.argv[1:] if argv is None else argv)])
     try:
         a = parser().parse_args(argv)
         a.do(a)
@@ -909,10 +1082,12 @@ def main(argv=None)->int:
             'Go on from the last checkpoint: the same command with --resume.')
         return 3
     except OSError as e: # a disk that fills up while a line is logged, a file without the right to read it
-        if not e.filename and e.errno!=errno.ENOSPC: raise
+        if not e.filename and e.errno not in (errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC)): raise
         what = f'{e.strerror}: {e.filename}' if e.filename else e.strerror
-        say(f't2i: {what}. Check the path, its permissions and the free space.')
+        full = e.errno in (errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC))
+        say(f"t2i: {what}. {'Free some space.' if full else 'Check the path and its permissions.'}")
         return 2
+    finally: _typed.pop()
     return 0
 
 if __name__=='__main__': sys.exit(main())

@@ -1,12 +1,15 @@
 """Run folders: what a training run leaves on disk, saved whole or not at all, and taken up again exactly."""
-import hashlib, json, os, signal, time
+import errno, hashlib, json, os, random, signal, threading, time
 from contextlib import contextmanager
 from pathlib import Path
+import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from t2i_course.core.data import CourseError
+from safetensors.torch import save
+from t2i_course.core.data import CourseError, not_written
 from t2i_course.core.training import ALONE
+try: import fcntl
+except ImportError: fcntl = None # Windows, which has msvcrt in its place
 
 def write_whole(
     path,  # where to
@@ -14,24 +17,36 @@ def write_whole(
 ):
     "Write beside the target, flush, put in place: a full disk or a power cut leaves the old file whole"
     path = Path(path)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    # cut, because a name may be as long as the file system allows; the thread, because two may write into one folder
+    tmp = path.with_name(f'.{path.name[:40]}.{os.getpid()}-{threading.get_ident()%10**6}.part')
     try:
         write(tmp)
-        with open(tmp, 'rb') as f: os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except Exception as e: # safetensors reports a full disk with an error of its own
-        why = getattr(e, 'strerror', None) or e
-        raise CourseError(f'could not write {path} ({why}). Free some space or choose another --out; '
-                          'what was saved before is untouched.') from e
+        with open(tmp, 'r+b') as f: os.fsync(f.fileno()) # Windows flushes only what is open for writing
+        put_in_place(tmp, path)
+    except CourseError: raise
+    except Exception as e: raise CourseError(f'{not_written(path, e)} What was saved before is untouched.') from e
     finally:
-        tmp.unlink(missing_ok=True)
+        try: tmp.unlink(missing_ok=True)
+        except OSError: pass # what went wrong before is what has to be told
+
+def put_in_place(
+    tmp,  # a whole file
+    path, # its place
+):
+    "Replace; on Windows it is tried again for some seconds, because whoever reads the old file holds it"
+    for wait in (.05, .1, .2, .4, .8, 1.6, 0):
+        try: return os.replace(tmp, path)
+        except PermissionError:
+            if os.name!='nt' or not wait: raise
+            time.sleep(wait)
 
 def write_json(
     path,  # where to
     value, # anything that JSON can hold
 ):
     "JSON for people, written whole"
-    write_whole(path, lambda p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False)+'\n'))
+    text = json.dumps(value, indent=1, ensure_ascii=False)+'\n'
+    write_whole(path, lambda p: p.write_bytes(text.encode())) # the same bytes in every locale and system
 
 def digest(
     tensors:dict, # name -> tensor
@@ -55,7 +70,8 @@ def save_tensors(
     sha256 = digest(tensors, json.dumps(note, sort_keys=True))
     # one entry alone: safetensors writes several in random order, and the same run would end in other bytes
     header = dict(note=json.dumps(note|dict(sha256=sha256), sort_keys=True))
-    write_whole(path, lambda p: save_file(tensors, p, metadata=header))
+    # safetensors' own writer leaves its files to their owner alone, and a scratch file when it is killed
+    write_whole(path, lambda p: p.write_bytes(save(tensors, metadata=header)))
 
 def load_tensors(
     path, # a file made by `save_tensors`
@@ -65,7 +81,8 @@ def load_tensors(
     if not path.is_file(): raise CourseError(f'{path} does not exist')
     try:
         with safe_open(path, 'pt') as f:
-            tensors,header = {k:f.get_tensor(k) for k in f.keys()},f.metadata() or {}
+            # copies: the file stays open while one of its own tensors lives, and Windows replaces no open file
+            tensors,header = {k:f.get_tensor(k).clone() for k in f.keys()},f.metadata() or {}
         note = json.loads(header.get('note', '{}'))
     except Exception as e:
         raise CourseError(f'{path} cannot be read ({e}): it is damaged or cut short. '
@@ -75,6 +92,17 @@ def load_tensors(
         raise CourseError(f'{path} is not as it was saved (its hash differs): it was changed '
                           'or damaged. Delete it, or take it from a backup.')
     return tensors,note
+
+def model_hash(
+    run, # run folder
+)->str:  # sha256 of its model, as the file says
+    "What a run that builds on this one remembers of it"
+    path = Path(run)/'model.safetensors'
+    if not path.is_file(): raise CourseError(f'{run} has no trained model: finish it with t2i train --resume --out {run}, or put it back')
+    try:
+        with safe_open(path, 'pt') as f: header = f.metadata() or {}
+        return json.loads(header.get('note', '{}')).get('sha256') or header.get('sha256')
+    except Exception as e: raise CourseError(f'{path} cannot be read ({e}): it is damaged. Take it from a backup.') from e
 
 # what every config.json says
 NEEDED = ('recipe','data','shape','images','seconds','seed','precision','threads')
@@ -94,11 +122,139 @@ def read_config(
     if missing: raise CourseError(f"{path} lacks {', '.join(missing)}. Train again into another folder.")
     return config
 
+def is_place(
+    data, # as in a config
+)->bool:  # a folder, not the name of a data set?
+    return any(c in str(data) for c in '/\\')
+
 def config_hash(
     config:dict, # settings of a run
 )->str:          # 16 hex digits
-    "Ties checkpoints and models to the settings they were made with"
+    "Ties checkpoints and models to the settings they were made with; where folders lie does not matter, they may be moved"
+    config = {k:v for k,v in config.items() if k!='codec' and not (k=='data' and is_place(v))}
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+def belongs(
+    note:dict,   # of a checkpoint or model
+    config:dict, # settings of a run
+)->bool:
+    "Was it made with these settings? The hash of earlier versions held the places of folders too"
+    whole = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    return note.get('config') in (config_hash(config), whole)
+
+def codec_place(
+    run,         # run folder
+    config:dict, # its settings
+)->Path:         # run folder of the codec that it was trained with; None when there is none
+    "Written down as seen from the run, so that both can be moved together"
+    if not config.get('codec'): return None
+    path = Path(config['codec']) # earlier versions wrote the whole path
+    return path if path.is_absolute() else Path(os.path.normpath(Path(run).resolve()/path))
+
+def codec_run(
+    run,         # run folder
+    config:dict, # its settings
+)->Path:         # run folder of its codec, None when there is none
+    "The same, and still the codec that the run was trained with"
+    path = codec_place(run, config)
+    if path is None: return None
+    if not (path/'config.json').is_file():
+        raise CourseError(f'{run} uses the codec of {path}, which is not there: put it back, move both together, '
+                          f'or write down its new place with: t2i train --resume --out {run} --codec RUN')
+    if config.get('codec_model') not in (None, model_hash(path)):
+        raise CourseError(f'{run} was trained with another codec than the one that is now in {path} (the hash of its model differs): '
+                          'put the old one back, or train again')
+    return path
+
+def seen_from(
+    run,  # run folder
+    path, # another folder
+)->str:   # the way there
+    "The path of a folder as seen from a run"
+    path = Path(path).resolve()
+    try: return Path(os.path.relpath(path, Path(run).resolve())).as_posix()
+    except ValueError: return str(path) # on another drive
+
+# ---- one writer ----
+_held = {} # run folder -> open lock file, thread, how often it was taken
+
+def _forget_locks(): # a forked child has the locks of its parent, and would keep them when the parent dies
+    for f,*_ in _held.values(): os.close(f)
+    _held.clear()
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_forget_locks)
+
+def _try_lock(f:int)->bool: # a lock of the system: it goes when the process goes, however it ends
+    try:
+        if fcntl: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+        else:
+            import msvcrt
+            msvcrt.locking(f, msvcrt.LK_NBLCK, 1)
+    except OSError as e:
+        if e.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK): return False
+        if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL): raise
+    return True # some network folders know no locks: then there is nobody to ask
+
+def _open_lock(path:Path)->int: # the locked file; None when another holds it
+    while True:
+        f = os.open(path, os.O_RDWR|os.O_CREAT, 0o666)
+        if not _try_lock(f):
+            os.close(f)
+            return None
+        try:
+            if os.path.samestat(os.fstat(f), path.stat()): return f
+        except OSError: pass
+        os.close(f) # it was taken away between opening and locking: once more
+
+@contextmanager
+def one_writer(
+    run, # an existing folder
+):
+    "Inside, nobody else writes into the run folder; a second process, or thread, is refused with a sentence"
+    run,me = Path(run).resolve(),threading.get_ident()
+    path,(f,who,times) = run/'.lock',_held.get(run, (None, None, 0))
+    if f is None or who!=me:
+        try: f,times = _open_lock(path),0
+        except OSError as e: raise not_written(path, e) from e
+        if f is None:
+            raise CourseError(f'{run} is being written by another t2i, which is still running: wait until it has ended, stop it, '
+                              'or choose another --out')
+    _held[run] = f,me,times+1
+    try: yield
+    finally:
+        _held[run] = f,me,times
+        if not times:
+            del _held[run]
+            try: # Windows takes no open file away, others none that is not locked any more
+                if fcntl: path.unlink(missing_ok=True)
+                os.close(f)
+                if not fcntl: path.unlink(missing_ok=True)
+            except OSError: pass # another has it open already
+
+# ---- a guest in somebody's process ----
+_making = threading.RLock()
+
+@contextmanager
+def undisturbed():
+    "Random numbers of torch, numpy and Python are afterwards what they were: the process may be a notebook. One thread at a time"
+    with _making:
+        cuda = torch.cuda.is_available() and 'LOCAL_RANK' not in os.environ # a process of torchrun is nobody's notebook
+        mps = torch.backends.mps.is_available()
+        kept = torch.get_rng_state(),cuda and torch.cuda.get_rng_state(),mps and torch.mps.get_rng_state()
+        numbers,words = np.random.get_state(),random.getstate()
+        try: yield
+        finally:
+            torch.set_rng_state(kept[0])
+            if cuda: torch.cuda.set_rng_state(kept[1])
+            if mps: torch.mps.set_rng_state(kept[2])
+            np.random.set_state(numbers); random.setstate(words)
+
+@contextmanager
+def same_threads():
+    "The number of threads that torch uses is afterwards what it was"
+    n = torch.get_num_threads()
+    try: yield
+    finally:
+        if torch.get_num_threads()!=n: torch.set_num_threads(n)
 
 class Stopped(Exception):
     "Ctrl-C or SIGTERM asked the run to stop"
@@ -106,14 +262,17 @@ class Stopped(Exception):
 @contextmanager
 def asked_to_stop():
     "Yields a function that says whether Ctrl-C or SIGTERM came; the second Ctrl-C stops at once"
-    seen = []
+    if threading.current_thread() is not threading.main_thread(): # signals belong to the main thread, whoever runs there
+        yield lambda: False
+        return
+    seen,keys = [],(signal.SIGINT, getattr(signal, 'SIGBREAK', signal.SIGINT)) # Ctrl-Break is a key of Windows
     def note(signum, frame):
-        if signum==signal.SIGINT and signal.SIGINT in seen: raise KeyboardInterrupt # a launcher may send SIGTERM twice
+        if signum in keys and signum in seen: raise KeyboardInterrupt # a launcher may send SIGTERM twice
         seen.append(signum)
-    old = {s:signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    old = {s:signal.signal(s, note) for s in {*keys, signal.SIGTERM}}
     try: yield lambda: bool(seen)
     finally:
-        for s,h in old.items(): signal.signal(s, h)
+        for s,h in old.items(): signal.signal(s, signal.SIG_DFL if h is None else h) # None: it was not set in Python
 
 def follow(
     state,          # a State of core.training
@@ -159,7 +318,7 @@ def resume(
     if not path.exists(): return None
     if sharded: raise CourseError(f'{path} was written by a single process: go on without torchrun, or train into another folder.')
     tensors,note = load_tensors(path)
-    if note.get('config')!=config_hash(config):
+    if not belongs(note, config):
         raise CourseError(f'{path} belongs to a run with other settings. Resume with the settings in '
                           f'{run}/config.json, or train into another folder.')
     try: state.load(tensors, note)
@@ -178,4 +337,5 @@ def cut_log(
     def keeps(line):
         try: return json.loads(line)['step']<=step
         except (ValueError, KeyError, TypeError): return False
-    write_whole(path, lambda p: p.write_text(''.join(l for l in path.open() if keeps(l))))
+    lines = path.read_bytes().splitlines(keepends=True) # closed before it is replaced
+    write_whole(path, lambda p: p.write_bytes(b''.join(l for l in lines if keeps(l))))

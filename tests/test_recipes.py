@@ -1,5 +1,6 @@
 """Contracts of every recipe: it trains, stops, resumes to the same bytes, draws from captions, is measured, says what it has no use for."""
 import json
+import random
 from importlib import import_module
 
 import numpy as np
@@ -105,6 +106,38 @@ def test_fills_the_measured_row(recipe, runs):
     row = cli.eval_run(runs(recipe), n=16, quiet=True)
     assert row["recipe"] == recipe and row["fd"] > 0 and 0 <= row["obedience"]["all"] <= 1
     assert 0 < row["params"] <= row["params_trained"] and row["nfe"] >= 1
+
+
+def state_of_the_process():
+    "What a notebook would notice: random numbers and the number of threads"
+    kind, words, *rest = np.random.get_state()
+    return torch.get_rng_state().tolist(), (kind, words.tolist(), *rest), random.getstate(), torch.get_num_threads()
+
+
+@every_recipe
+def test_leaves_the_process_as_it_was(recipe, runs, tmp_path):
+    for seeded in (torch.manual_seed, np.random.seed, random.seed): seeded(5)
+    before = state_of_the_process()
+    cli.train_run(recipe, "digits", scale="smoke", images=64, out=tmp_path / "r", quiet=True)
+    assert state_of_the_process() == before, "training"
+    cli.sample_run(runs(recipe), PROMPTS)
+    assert state_of_the_process() == before, "drawing"
+    cli.eval_run(runs(recipe), n=16, quiet=True)
+    assert state_of_the_process() == before, "measuring"
+
+
+@pytest.mark.parametrize("recipe", [name for name in cli.RECIPES if "guidance" in cli.settings(name, "digits", "smoke", None, 64, 0, "fp32")])
+def test_guidance_0_is_the_empty_caption(recipe, runs):
+    "In the painter itself, and to the byte by the command; guidance 1 is not"
+    model = cli.Model(runs(recipe))
+    assert "guidance" in model.den.options
+    with torch.no_grad():
+        for weight in model.den.net.parameters(): weight.add_(.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    captions = ["a handwritten seven", "a handwritten two"] * 4
+    draw = lambda captions, w: model.den.painter(model.tok, model.config | dict(guidance=w))(captions, 3)
+    nothing, empty, one = draw(captions, 0.), draw([""] * 8, model.config["guidance"]), draw(captions, 1.)
+    assert (nothing - empty).abs().max() < 1e-4 < (one - empty).abs().max()
+    assert torch.equal(model.draw(captions, 3, guidance=0), model.draw([""] * 8, 3))
 
 
 def test_list_of_recipes_has_one_line_each(capsys):

@@ -275,8 +275,8 @@ class CM3Leon(TwoStage):
         "What stands before a picture that is to be drawn"
         lay,b = self.model.layout,len(cond)
         task,none = cond.ids.new_full((b,), DRAW),cond.ids.new_full((b, lay.n_image), -1)
-        found,theirs = self.examples(cond.ids, draws, cond.ids.new_full((b,), examples))
         empty = self.null.ids.to(cond.ids.device).expand(b, -1)
+        found,theirs = self.examples(cond.ids, draws, examples*(cond.ids!=empty).any(1)) # an empty caption is like no other
         return lay.context(task, cond.ids, none, found, theirs),lay.context(task, empty, none)
     def draw_codes(self,
         cond:Cond,            # (b) captions

@@ -14,7 +14,7 @@ from ..codec.vae import lookalikes
 from ..core.data import Draws, load
 from ..core.ema import train_arm
 from ..core.metrics import evaluate, load_judge
-from ..core.plots import COLOURS, DPI, Figure
+from ..core.plots import COLOURS, DPI, Figure, canvas
 from ..core.training import Turn, bf16_pays, pick_device
 from ..diffusion.ddpm import build, drawer, recipe, times, x0
 from ..gan.adversarial import SETTINGS, SWEEP, Stacked, modes_of
@@ -133,8 +133,7 @@ def figure(
     floor:float=1., # of the Frechet distance, in floors
 )->Figure:
     "Obedience against distance to real pictures (left), recall against what a picture costs (right); a dot is the mean of the seeds"
-    from matplotlib.figure import Figure as Canvas
-    fig = Canvas(figsize=(9, 3.6), dpi=DPI, layout='constrained')
+    fig = canvas((9, 3.6), dpi=DPI, layout='constrained')
     left,right = fig.subplots(1, 2)
     for e,c in zip(rows, COLOURS):
         left.errorbar(e['floors'][0], 100*e['obeys'][0], xerr=e['floors'][1]/2, yerr=50*e['obeys'][1], fmt='o', color=c, label=e['name'])

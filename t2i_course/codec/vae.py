@@ -20,7 +20,7 @@ from safetensors.torch import load as from_bytes, save as to_bytes
 from torch import nn, Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..core.conditioning import WordTokenizer
-from ..core.data import Batch, CourseError, Draws, check_split, in_epochs, load
+from ..core.data import Batch, CourseError, Draws, check_split, in_epochs, load, not_written
 from ..core.ema import train_arm
 from ..core.metrics import (SEED, at_most, distinct, evaluate, fingerprint, judge_for, load_judge, obedience, reference,
                                      train_judge)
@@ -508,11 +508,11 @@ def _put(path:Path, raw:bytes): # whole or not at all
         part.write_bytes(raw)
         os.replace(part, path)
     except OSError as e:
-        raise CourseError(f'could not write {path}: {e.strerror or e}. Free some space or choose another folder.') from e
+        raise not_written(path, e) from e
     finally: part.unlink(missing_ok=True)
 
 def _read_index(folder:Path)->dict:
-    try: return json.loads((folder/'index.json').read_text())
+    try: return json.loads((folder/'index.json').read_text(encoding='utf-8'))
     except (OSError, ValueError) as e: raise CourseError(f'{folder} holds no readable index.json ({e}). Make it with cache_latents.') from e
 
 def _sound(folder:Path, shard:dict)->bool: # is the file there, and is it the one that was written?

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'INKS', 'PAPERS', 'WEIGHTS', 'LEANS', 'EDGE', 'STROKE', 'HELD_OUT', 'ATTRIBUTES', 'DATA', 'Batch', 'mix',
            'Draws', 'glyphs', 'glyph_split', 'enlarge', 'stroke_width', 'level', 'slant', 'warp', 'draw_masks', 'paint',
-           'CourseError', 'split_words', 'n_tokens', 'check_split', 'an', 'Painted', 'PaintedTwo', 'in_epochs',
-           'Labelled', 'Digits', 'scale', 'dial', 'results_path', 'results', 'load']
+           'CourseError', 'not_written', 'split_words', 'n_tokens', 'check_split', 'an', 'Painted', 'PaintedTwo',
+           'in_epochs', 'Labelled', 'Digits', 'scale', 'dial', 'results_path', 'results', 'load']
 
 # %% ../../nbs/01_core/10_data.ipynb #10f37af7
 import json, math, os, re, unicodedata
@@ -244,6 +244,18 @@ def _held()->Tensor: # (10 6) bool, True for the digit x ink pairs kept out of t
 # %% ../../nbs/01_core/10_data.ipynb #dcc70f40
 class CourseError(ValueError):
     "Something the user can mend; the message says how"
+
+def not_written(
+    path,        # what was to be written
+    e:Exception, # why it was not
+)->CourseError:
+    "Only a full disk is called full; any other cause is told as what it is"
+    import errno
+    why = getattr(e, 'strerror', None) or f'{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else "no reason given"}'
+    advice = {errno.ENOSPC:'Free some space or choose another folder.', errno.ENAMETOOLONG:'Choose a shorter name.'}
+    advice[getattr(errno, 'EDQUOT', errno.ENOSPC)] = advice[errno.ENOSPC]
+    usual = 'Check the folder and its permissions, or choose another folder.' if isinstance(e, OSError) else ''
+    return CourseError(f"could not write {path} ({why}). {advice.get(getattr(e, 'errno', None), usual)}".strip())
 
 def split_words(
     caption:str, # any text
@@ -506,7 +518,7 @@ def results(
 )->dict:      # what was measured; empty when nothing was
     "Numbers measured by `t2i run`, with how they were made"
     p = results_path(name)
-    return json.loads(p.read_text()) if p.exists() else {}
+    return json.loads(p.read_text(encoding='utf-8')) if p.exists() else {}
 
 # %% ../../nbs/01_core/10_data.ipynb #0324c1a9
 DATA = ('digits','painted','painted2','mnist','fashion','cifar10')

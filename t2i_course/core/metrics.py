@@ -177,7 +177,7 @@ def read_card(
     path, # a .safetensors written by `save_judge`
 )->dict:  # what its .json says
     p = Path(path).with_suffix('.json')
-    try: return json.loads(p.read_text())
+    try: return json.loads(p.read_text(encoding='utf-8'))
     except (OSError, ValueError) as e: raise CourseError(f'{p} is missing or damaged ({e}). {_REMEDY}') from e
 
 def read_judge(
@@ -190,7 +190,7 @@ def read_judge(
     if hashlib.sha256(raw).hexdigest()!=card.get('sha256'):
         raise CourseError(f'{path} is not the file its card describes: it was changed or damaged. {_REMEDY}')
     try:
-        judge = Judge(card['shape'], card['attributes'], card['width'])
+        with torch.random.fork_rng(devices=[]): judge = Judge(card['shape'], card['attributes'], card['width']) # its first weights are drawn
         judge.load_state_dict({k:v.float() for k,v in from_bytes(raw).items()}, strict=False)
     except (KeyError, RuntimeError, SafetensorError) as e:
         raise CourseError(f'{path} does not hold a judge ({e}). {_REMEDY}') from e

@@ -319,7 +319,7 @@ ETA = 1. # DDPM draws fresh noise at every step
 def guided(
     den,            # a Denoiser
     cond:Cond,      # (b) what is wanted
-    w:float=1.,     # guidance scale; 1 = none
+    w:float=1.,     # guidance scale; 1 = none, 0 = the empty caption
     above:float=0., # guide and boost only while t is above this
     hold:bool=False,# keep the guided picture inside the range of the unguided one, channel by channel
     below:float=1., # guide only while t is at most this
@@ -327,6 +327,7 @@ def guided(
 )->object:          # predict(x_t, t) -> x0_hat, eps_hat
     "Classifier-free guidance, u + w (c - u): Stable Diffusion's w, one larger than in Ho and Salimans 2022, eq. 6"
     null = den.null.map(lambda f: f.expand(len(cond), *f.shape[1:]))
+    if w==0: cond,w = null,1. # nothing of the caption, outside the interval too
     both = cat(cond, null)
     def predict(x_t, t):
         far = boost if t[0]>above else 1.

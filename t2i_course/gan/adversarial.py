@@ -20,7 +20,7 @@ from ..core.conditioning import Cond, TextEncoder, WordBag, WordTokenizer, cat, 
 from ..core.data import Batch, CourseError, Digits, Draws, Labelled, Painted, load
 from ..core.ema import state_for
 from ..core.metrics import at_most, evaluate, load_judge, reference
-from ..core.plots import COLOURS, DPI, Figure
+from ..core.plots import COLOURS, DPI, Figure, canvas
 from ..core.training import Turn, bf16_pays, feed, pick_device, train
 
 # %% ../../nbs/02_gan/20_adversarial.ipynb #e8a235a9
@@ -51,8 +51,7 @@ def show_points(
     size:float=2.6,# inches a panel
 )->Figure:
     "Points in the plane, one panel beside the other"
-    from matplotlib.figure import Figure as Fig
-    fig = Fig(figsize=(size*len(panels), size+.3), dpi=DPI, layout='constrained')
+    fig = canvas((size*len(panels), size+.3), dpi=DPI, layout='constrained')
     for ax,(title,x) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         x,c = x.detach().cpu(),ring_centres()
         ax.scatter(c[:,0], c[:,1], s=260, color='#dddddd')

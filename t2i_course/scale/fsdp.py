@@ -162,7 +162,7 @@ def save_sharded(
     folder,first = Path(run)/f'checkpoint-{state.images}',not dist.is_initialized() or dist.get_rank()==0
     if first:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder/'run.json').write_text(json.dumps(state.numbers()|(note or {})))
+        (folder/'run.json').write_text(json.dumps(state.numbers()|(note or {})), encoding='utf-8')
     dcp.save(_parts(state)|dict(extra=extra or {}), checkpoint_id=folder)
     if first:
         for old in checkpoints(run)[:-keep]: shutil.rmtree(old, ignore_errors=True)
@@ -178,7 +178,7 @@ def load_sharded(
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
     found = checkpoints(run)
     if not found: return None
-    numbers = json.loads((found[-1]/'run.json').read_text())
+    numbers = json.loads((found[-1]/'run.json').read_text(encoding='utf-8'))
     other = [k for k,v in (note or {}).items() if numbers.get(k)!=v]
     if other: raise CourseError(f"{found[-1]} belongs to another run ({', '.join(other)}). Train into another folder.")
     meta,parts = dcp.FileSystemReader(found[-1]).read_metadata().state_dict_metadata,_parts(state)
@@ -229,7 +229,7 @@ def trial(
         if stop and r.step==stop: break
     if stop: save_sharded(state, out)
     shapes = [list(p.shape) for p in state.net.parameters()]
-    (Path(out)/f'held-{ranks.rank}.json').write_text(json.dumps(held(state)|dict(shapes=shapes)))
+    (Path(out)/f'held-{ranks.rank}.json').write_text(json.dumps(held(state)|dict(shapes=shapes)), encoding='utf-8')
     weights,average = ({k:whole(v) for k,v in d.items()} for d in (state.net.state_dict(), state.ema.shadow))
     if ranks.rank==0: torch.save(dict(log=log, weights=weights, average=average), Path(out)/'end.pt')
 
@@ -250,10 +250,10 @@ def launch(
     run = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(size), '--no-python']
     home = str(Path(sys.modules['t2i_course'].__path__[0]).resolve().parent)
     env = os.environ|dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', PYTHONPATH=os.pathsep.join([home, os.environ.get('PYTHONPATH', '')]))
-    done = subprocess.run((run if size>1 else [])+code, env=env, capture_output=True, text=True, timeout=limit)
+    done = subprocess.run((run if size>1 else [])+code, env=env, capture_output=True, encoding='utf-8', errors='replace', timeout=limit)
     said = done.stderr if len(done.stderr)<4000 else f'{done.stderr[:3000]} ... {done.stderr[-1000:]}' # cause first, summary last
     if done.returncode: raise CourseError(f'{size} processes ended with code {done.returncode}: {said}')
-    def read(out): return torch.load(out/'end.pt')|dict(held=[json.loads((out/f'held-{r}.json').read_text()) for r in range(size)])
+    def read(out): return torch.load(out/'end.pt')|dict(held=[json.loads((out/f'held-{r}.json').read_text(encoding='utf-8')) for r in range(size)])
     return [read(Path(o['out'])) for o in todo]
 
 def apart(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SWEEP', 'Settings', 'Parts', 'bpe_tokenizer', 'tokens', 'make_vae', 'make_unet', 'make_text_encoder',
            'make_scheduler', 'make_parts', 'set_scale', 'train_vae', 'Drawer', 'fresh_accelerator', 'make_loader',
-           'drop_captions', 'Progress', 'Update', 'Run', 'as_pipeline', 'painter', 'load_pipeline', 'ours', 'fit',
-           'count', 'experiments', 'main']
+           'drop_captions', 'Progress', 'Update', 'opened', 'Run', 'as_pipeline', 'painter', 'load_pipeline', 'ours',
+           'fit', 'count', 'experiments', 'main']
 
 # %% ../../nbs/12_scale/87_pipeline.ipynb #e3edf3a9
 import argparse, json, math, time
@@ -263,6 +263,16 @@ class Update(NamedTuple):
     lr: float        # of this step
 
 # %% ../../nbs/12_scale/87_pipeline.ipynb #e71d328e
+def opened(
+    folder, # written by a library that uses safetensors
+):
+    "safetensors leaves its files to their owner alone; they get the mode of any other file of this process"
+    probe = Path(folder)/'.mode'
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for file in Path(folder).rglob('*.safetensors'): file.chmod(mode)
+
 class Run:
     "The training script as an object: what accelerate wraps, the loop, and a state that is saved whole"
     def __init__(self,
@@ -325,6 +335,7 @@ class Run:
     ):
         "Weights, optimizer, learning rate, random states, average and progress"
         self.acc.save_state(str(folder))
+        if self.acc.is_main_process: opened(folder)
 
     def load(self,
         folder, # made by `save`; it holds pickles, so load only what you made
@@ -481,6 +492,7 @@ def main(
         if not (out/'vae').exists():
             train_vae(parts.vae, data, s)
             parts.vae.save_pretrained(out/'vae')
+            opened(out/'vae')
         parts = parts._replace(vae=type(parts.vae).from_pretrained(out/'vae').eval().requires_grad_(False))
     run = Run(parts, data, s)
     run.acc.print(f'{run.acc.num_processes} processes, {run.acc.distributed_type}, device {run.acc.device}')
@@ -490,7 +502,8 @@ def main(
         if u.step%a.save_every==0 or u.progress>=1: run.save(out/'checkpoint')
     if run.acc.is_main_process:
         with run.averaged() as averaged: as_pipeline(averaged).save_pretrained(out)
-        (out/'settings.json').write_text(json.dumps(asdict(s), indent=1))
+        opened(out)
+        (out/'settings.json').write_text(json.dumps(asdict(s), indent=1), encoding='utf-8')
     run.acc.end_training()
 
 # %% ../../nbs/12_scale/87_pipeline.ipynb #0f475b88

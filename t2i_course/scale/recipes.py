@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from ..core.conditioning import Cond, raw_cond
-from ..core.data import Batch, CourseError, Draws, check_split, load
+from ..core.data import Batch, CourseError, Draws, check_split, load, not_written
 from ..core.metrics import fingerprint
 from .fsdp import shard_bytes, units
 
@@ -283,8 +283,7 @@ def _write_whole(
             f.write(raw); f.flush(); os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as e:
-        raise CourseError(f'could not write {path} ({e.strerror}). Free some space or choose another folder; '
-                          'the shards that are done stay, the same command goes on.') from e
+        raise CourseError(f'{not_written(path, e)} The shards that are done stay, the same command goes on.') from e
     finally: part.unlink(missing_ok=True)
 
 def _write_json(path:Path, value): _write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False)+'\n').encode())
@@ -355,7 +354,7 @@ def _agree(out:Path, about:dict): # a folder holds the shards of one data set
     if differ: raise CourseError(f"{out} holds other shards ({', '.join(differ)} differ): choose another folder, or delete it")
 
 def _note(path:Path)->dict: # what is known of a shard; None when it is not done
-    try: return json.loads(path.with_suffix('.json').read_text())
+    try: return json.loads(path.with_suffix('.json').read_text(encoding='utf-8'))
     except (OSError, ValueError): return None
 
 def _sound(path:Path, note:dict)->bool: # is it there, and is it the one that was written?
