@@ -872,6 +872,16 @@ def read_captions(
         raise CourseError(f'{path} is empty: write one caption a line (a blank line draws without condition)')
     return text.removesuffix('\n').split('\n')
 
+def typed(
+    text:str, # an argument, as Python has decoded it by the locale
+)->str:
+    "A caption that was typed in UTF-8, whatever the locale says"
+    try: text = os.fsencode(text).decode('utf-8')
+    except UnicodeError: pass # it was typed in the encoding of the locale
+    if any('\ud800'<=c<='\udfff' for c in text):
+        raise CourseError(f"the caption '{text}' is not UTF-8: type it so, or write it to a UTF-8 file for --captions")
+    return text
+
 def cmd_train(a):
     "t2i train"
     if a.list:
@@ -892,7 +902,7 @@ def cmd_sample(a):
     ext = Path(a.out).suffix.lower()
     if ext not in ('.png','.npz'): raise CourseError(f"--out must end in .png or .npz; got '{a.out}'")
     between(a.per_caption, 1, 10_000, '--per-caption', whole=True)
-    captions = a.prompt if a.prompt is not None else read_captions(a.captions)
+    captions = [typed(p) for p in a.prompt] if a.prompt is not None else read_captions(a.captions)
     if ext=='.png': fits_sheet(len(captions)*a.per_caption)
     options = {k:getattr(a, k) for k in OPTIONS}
     for k,v in options.items(): between(v, *OPTIONS[k][:2], f'--{k}', whole=OPTIONS[k][2])

@@ -260,6 +260,26 @@ def test_kill_9_twenty_times(children, uninterrupted, tmp_path):
     steps = [json.loads(l)['step'] for l in (out/'log.jsonl').read_text().splitlines()]
     assert steps==sorted(set(steps))
 
+def test_two_processes_on_one_run(children, uninterrupted, tmp_path, capsys):
+    "The second is refused and touches nothing, not even an unfinished file; the lock dies with its process"
+    out,training = tmp_path/'r',children.RawValue('b', 0)
+    p = children.Process(target=train_in_child, args=(out, None, training)); p.start()
+    end = time.monotonic()+60
+    while not training.value and time.monotonic()<end: time.sleep(.005)
+    os.kill(p.pid, signal.SIGSTOP) # it cannot finish in the meantime
+    part = out/'.checkpoint.safetensors.1.part'
+    part.touch()
+    before = {f.name:f.read_bytes() for f in out.iterdir()}
+    try:
+        for args in (('train',), ('train', 'flow_matching', '--data', 'digits')):
+            assert 'still running' in refused(capsys, *args, '--resume', '--out', out)
+        assert 'still running' in refused(capsys, 'demo', '--out', out)
+        assert {f.name:f.read_bytes() for f in out.iterdir()}==before and training.value
+    finally: os.kill(p.pid, signal.SIGKILL); p.join()
+    p = children.Process(target=train_in_child, args=(out,)); p.start(); p.join()
+    assert p.exitcode==0 and (out/'model.safetensors').read_bytes()==uninterrupted
+    assert not part.exists() and not (out/'.lock').exists()
+
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop(children, uninterrupted, tmp_path, how):
     out = tmp_path/'r'

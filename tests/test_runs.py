@@ -111,10 +111,22 @@ def test_a_locale_that_is_not_utf8(tmp_path):
     data,out = pictures(tmp_path/'german'),tmp_path/'r'
     ascii_only = dict(LC_ALL='C', LANG='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
     done = elsewhere(('train', 'ddpm', '--data', data, *SMALL, '--out', out), ('train', '--resume', '--out', out),
-                     ('sample', out, '--prompt', 'rote Fläche für 红', '--steps', 2, '--out', tmp_path/'a.npz'), **ascii_only)
+                     ('sample', out, '--prompt', 'rote Fläche für 红', '--steps', 2, '--out', tmp_path/'a.npz'), # as from sys.argv
+                     ('sample', out, '--prompt', 'rote Fläche für 红'.encode().decode('ascii', 'surrogateescape'), '--steps', 2,
+                      '--out', tmp_path/'b.png'), **ascii_only)
     assert done.returncode==0, done.stderr.decode('utf-8', 'replace')
     assert 'Fläche'.lower() in json.loads((out/'config.json').read_text(encoding='utf-8'))['words']
-    assert len(np.load(tmp_path/'a.npz')['images'])==1
+    assert np.load(tmp_path/'a.npz')['captions'].tolist()==['rote Fläche für 红']
+
+def test_what_was_typed_in_utf8_is_read_so(run, tmp_path, monkeypatch, capsys):
+    for locale,typed in (('latin-1', 'schöne'), ('utf-8', 'schöne 红'), ('ascii', 'schöne')):
+        monkeypatch.setattr(os, 'fsencode', lambda t, code=locale: t.encode(code, 'surrogateescape'))
+        assert cli.typed(typed.encode().decode(locale, 'surrogateescape'))==typed
+    monkeypatch.setattr(os, 'fsencode', lambda t: t.encode('latin-1', 'surrogateescape'))
+    assert cli.typed('schöne')=='schöne', 'typed in the encoding of the locale'
+    monkeypatch.undo()
+    bad = 'schöne'.encode('latin-1').decode('utf-8', 'surrogateescape')
+    assert 'UTF-8' in refused(capsys, 'sample', run, '--prompt', bad, '--out', tmp_path/'a.png')
 
 def test_what_a_stream_cannot_encode_is_written_as_numbers(monkeypatch):
     raw = io.BytesIO()
