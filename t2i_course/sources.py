@@ -1,24 +1,17 @@
-"Pictures from disk and network for `core.data.load`: torchvision's sets and folders of captioned images"
-import hashlib
+"Pictures from disk and network for `core.data.load`: torchvision's sets here, folders in `t2i_course.folders`"
 import http.client
-import json
 import os
 import shutil
 import socket
-import sys
 import tempfile
-import unicodedata
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from t2i_course.core.data import (NUMBERS, Batch, CourseError, Labelled, check_split, in_epochs, n_tokens,
-                                  split_words)
-
-
-def say(text): print(text, file=sys.stderr)
+from t2i_course.core.data import NUMBERS, CourseError, Labelled
+from t2i_course.folders import Folder as Folder, say, say_once as say_once
 
 
 # --- torchvision under T2I_DATA ---
@@ -118,89 +111,3 @@ class Vision(Labelled):
         super().__init__(name, shape, labels, f"{name}, {len(labels['train']):,} training images in {where}")
 
     def pictures(self, split, i, draws): return self.x[split][i]/127.5-1
-
-
-# --- a folder of captioned images ---
-
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
-
-
-def _records(path, bad):
-    "(file, caption or None) for each image of the folder; metadata.jsonl goes before .txt files"
-    captions, meta = {}, path/'metadata.jsonl'
-    if meta.is_file():
-        for n, line in enumerate(meta.read_bytes().splitlines(), 1):
-            if not line.strip(): continue
-            try:
-                r = json.loads(line.decode('utf-8-sig'))
-                file = path/r['file_name']
-                if not isinstance(r['text'], str): raise TypeError
-            except (ValueError, KeyError, TypeError): bad.append(f'metadata.jsonl line {n}')
-            else:
-                if file.is_file(): captions[file] = r['text']
-                else: bad.append(f"{r['file_name']} (listed, not there)")
-    for file in sorted({f for f in path.rglob('*') if f.suffix.lower() in SUFFIXES and f.is_file()}|set(captions)):
-        text = captions.get(file)
-        if text is None and file.with_suffix('.txt').is_file():
-            try: text = file.with_suffix('.txt').read_text('utf-8-sig')
-            except (ValueError, OSError):
-                bad.append(f'{file.with_suffix(".txt").name} (not UTF-8)')
-                continue
-        yield file, ' '.join((text or '').split()) or None
-
-
-def _picture(file, size): # (3 size size) uint8
-    "Turned as its camera says, on white where transparent, centre-cropped and resized"
-    from PIL import Image, ImageOps
-    with Image.open(file) as im:
-        im = ImageOps.exif_transpose(im).convert('RGBA')
-    im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
-    return torch.from_numpy(np.array(ImageOps.fit(im, (size, size), Image.Resampling.LANCZOS))).permute(2, 0, 1)
-
-
-class Folder:
-    "Any folder of images with captions: NAME.txt beside NAME.png, or metadata.jsonl with file_name and text"
-    attributes = {}
-
-    def __init__(self, path, size=32):
-        self.path = Path(path).expanduser().resolve()
-        if not self.path.is_dir():
-            raise CourseError(f'{path} is not a folder: give a folder of images with captions')
-        bad, bare, kept = [], [], []
-        for file, caption in _records(self.path, bad):
-            if not caption: bare.append(file.name)
-            else:
-                try: kept.append((os.path.relpath(file, self.path).replace(os.sep, '/'), _picture(file, size), caption))
-                except Exception: bad.append(file.name) # a damaged image may raise anything
-        for what, names in (('could not be read', bad), ('without a caption', bare)):
-            more = ', ...' if len(names)>5 else ''
-            if names: say(f"{self.path.name}: skipped {len(names)} {what}: {', '.join(names[:5])}{more}")
-        if len(kept)<2:
-            raise CourseError(f'{path} has {len(kept) or "no"} usable captioned image{"s"*(len(kept)!=1)}, '
-                              'and at least 2 are needed: put NAME.txt with the caption beside each NAME.png or '
-                              'NAME.jpg, or write metadata.jsonl with "file_name" and "text"')
-        names = [unicodedata.normalize('NFC', name) for name, *_ in kept]
-        ranks = [int(hashlib.sha256(name.encode()).hexdigest()[:15], 16) for name in names]
-        # about every tenth, whatever else is in the folder
-        test = {i for i, r in enumerate(ranks) if r%10==0} or {ranks.index(min(ranks))}
-        if len(test)==len(kept): test.discard(ranks.index(max(ranks)))
-        part = {'train': [k for i, k in enumerate(kept) if i not in test],
-                'test': [k for i, k in enumerate(kept) if i in test]}
-        self.x = {s: torch.stack([x for _, x, _ in p]) for s, p in part.items()}
-        self.texts = {s: [c for *_, c in p] for s, p in part.items()}
-        self.name, self.shape, self.splits = self.path.name, (3, size, size), ('train', 'test')
-        self.words = tuple(sorted({w for c in self.texts['train'] for w in split_words(c)}))
-        self.size = min(64, max(map(n_tokens, self.texts['train'])))
-        n, m = map(len, part.values())
-        self.source = f'folder {self.path.name}, {n:,} training images, {m:,} for testing'
-
-    def batch(self, split, draws):
-        "Captioned images; every picture once an epoch"
-        check_split(self, split)
-        i = in_epochs(len(self.texts[split]), draws)
-        return Batch(self.x[split][i]/127.5-1, [self.texts[split][k] for k in i.tolist()], {}, {})
-
-    def captions(self, attrs, named):
-        raise CourseError(f'the captions of {self.name} are in its files; they cannot be made from attributes')
-
-    def demands(self, caption): return {}

@@ -1,0 +1,371 @@
+"Folders and tar files of captioned pictures, read as their owners meant them, for `core.data.load`"
+import csv
+import hashlib
+import io
+import json
+import mimetypes
+import os
+import posixpath
+import re
+import sys
+import tarfile
+import tempfile
+import unicodedata
+import zlib
+from collections import defaultdict
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from t2i_course.core.data import Batch, CourseError, check_split, in_epochs, n_tokens, split_words
+
+METADATA = ('metadata.jsonl', 'metadata.csv', 'metadata.parquet')
+FILE = ('file_name', 'file', 'filename', 'image', 'path') # columns that may name the picture, the first that is there
+TEXT = ('text', 'caption', 'prompt', 'texts', 'captions', 'prompts') # and those that may hold captions
+TARS = ('.tar', '.tar.gz', '.tgz')
+# folders that say nothing of what their pictures show
+PLACES = {'train', 'training', 'test', 'testing', 'val', 'valid', 'validation', 'dev', 'data', 'dataset', 'image', 'images',
+          'img', 'imgs', 'photo', 'photos', 'picture', 'pictures'}
+TESTS = {'test', 'val', 'valid', 'validation'}
+
+
+def say(text):
+    "A line on standard error; what it cannot show is written as a code"
+    code = getattr(sys.stderr, 'encoding', None) or 'utf-8'
+    print(text.encode(code, 'backslashreplace').decode(code), file=sys.stderr)
+
+
+@lru_cache(1000)
+def say_once(text): say(text)
+
+
+def raw(name): # a name inside a folder is text with /; bytes that are no UTF-8 are kept as surrogates, whatever the locale
+    return name.encode('utf-8', 'surrogateescape')
+
+
+def shown(name): return raw(name).decode('utf-8', 'backslashreplace')
+
+
+def composed(name): return unicodedata.normalize('NFC', name) # a Mac may write an accent as a character of its own
+
+
+def in_order(name): return composed(name).split('/'), name # the same on every machine
+
+
+@lru_cache
+def readable():
+    "The endings of every format that Pillow reads"
+    from PIL import Image
+    Image.init()
+    return {e for e, f in Image.registered_extensions().items() if f in Image.OPEN or f=='MPO'} # .mpo opens as .jpg
+
+
+def is_picture(name):
+    kind, _ = mimetypes.guess_type(name) # one that Pillow cannot read is to be named, not passed over
+    return posixpath.splitext(name)[1].lower() in readable() or (kind or '').startswith('image/')
+
+
+# --- what is said of pictures ---
+
+def text_of(data): # UTF-8, or UTF-16 where the file begins with its mark; wrong bytes become surrogates
+    return data.decode('utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig', 'surrogateescape')
+
+
+def rows(name, data):
+    "(line, row) of a metadata file; the row is {} where the line is damaged"
+    if name.lower().endswith('.parquet'):
+        try: from pyarrow.parquet import read_table
+        except ImportError as e: raise CourseError('needs pyarrow: pip install pyarrow, or write metadata.jsonl') from e
+        found = enumerate(read_table(io.BytesIO(data)).to_pylist(), 1)
+    elif name.lower().endswith('.csv'):
+        text = text_of(data)
+        table = csv.DictReader(io.StringIO(text, newline=''), delimiter=max(',;\t', key=text.split('\n')[0].count))
+        # None stands for more cells than columns: a comma inside a caption, without quotes
+        found = [(table.line_num, {} if None in row else row) for row in table]
+    else: found = [(n, json_row(line)) for n, line in enumerate(text_of(data).split('\n'), 1) if line.strip('\ufeff \t\r')]
+    return [(n, {k.strip().lower(): v for k, v in row.items()}) for n, row in found]
+
+
+def json_row(text):
+    try: row = json.loads(text.lstrip('\ufeff'))
+    except (ValueError, RecursionError): return {}
+    return row if isinstance(row, dict) else {}
+
+
+def lacking(table):
+    "The sentence about a column that no row has; None when there is nothing to say"
+    columns = dict.fromkeys(k for _, row in table for k in row)
+    for what, names in ('file_name', FILE), ('text, caption or prompt', TEXT):
+        if columns and not any(k in columns for k in names):
+            return f'has no column {what} (its columns: {", ".join(map(shown, columns))})'
+
+
+def value_of(row, columns):
+    "The first of these columns that holds something"
+    values = [row[k] for k in columns if row.get(k) is not None]
+    return next(filter(None, values), values[0])
+
+
+def captions_of(row):
+    "One caption, or a list of them; an error when they are not text"
+    value = value_of(row, TEXT)
+    texts = value if isinstance(value, list) else [value]
+    for t in texts: t.encode()
+    return texts
+
+
+def tidy(texts): return list(dict.fromkeys(c for t in texts if (c := ' '.join(t.split()))))
+
+
+class Pile:
+    "The captioned pictures of one folder, and what was left out of it"
+
+    def __init__(self, root, prefix=''):
+        self.root, self.prefix, self.notes, self.used = os.path.realpath(os.fsencode(root)), prefix, [], set()
+        self.left = defaultdict(list) # why -> names
+        self.names = sorted(self.walk(), key=in_order)
+        self.known, self.near, self.last = set(self.names), defaultdict(list), defaultdict(list)
+        for n in self.names:
+            self.near[composed(n).casefold()].append(n)
+            self.last[composed(posixpath.basename(n)).casefold()].append(n)
+
+    def at(self, name): return os.path.join(self.root, raw(name))
+
+    def leave(self, why, name): self.left[why].append(shown(self.prefix)+name)
+
+    def walk(self):
+        "Every file; links are followed, no folder is read twice, hidden ones are left out"
+        seen = set(map(os.fsencode, Path(os.fsdecode(self.root)).parents)) # a link upwards would lead in a circle
+        todo, links = [''], []
+        while todo or links:
+            folder = todo.pop() if todo else links.pop(0) # links last: a folder has its own name where it has one
+            real = os.path.realpath(self.at(folder))
+            if real in seen: continue
+            seen.add(real)
+            try: inside = sorted(os.listdir(real))
+            except OSError as e:
+                self.leave('could not be read', f'{shown(folder)} ({e.strerror})')
+                continue
+            for file in inside:
+                name, path = file.decode('utf-8', 'surrogateescape'), os.path.join(real, file)
+                if name.startswith('.') or name=='__MACOSX': continue # left by editors, file managers, archives
+                name = posixpath.join(folder, name)
+                if os.path.isdir(path): (links if os.path.islink(path) else todo).append(name)
+                elif os.path.isfile(path): yield name
+                elif os.path.islink(path): self.leave('could not be read', f'{shown(name)} (a link that leads nowhere)')
+
+    def here(self, name):
+        "A name letter for letter, else with its accents written otherwise, else in another case; None when none is meant"
+        if name in self.known: return name
+        near = self.near[composed(name).casefold()]
+        same = [n for n in near if composed(n)==composed(name)] or near
+        return same[0] if len(same)==1 else None
+
+    def find(self, said, folder):
+        "The file that a list in `folder` means; the list may come from Windows, or name a place that is no more"
+        for name in dict.fromkeys((said, said.replace('\\', '/'))):
+            if re.match(r'/|\w:/', name):
+                if os.path.isfile(self.at(name)): return self.here(os.path.relpath(name, os.fsdecode(self.root))) or name
+                tails = [name.split('/', i)[-1] for i in range(1, name.count('/')+1)]
+            else: tails = [name]
+            for tail in tails:
+                for place in folder, '':
+                    path = posixpath.normpath(posixpath.join(place, tail))
+                    if self.here(path): return self.here(path)
+                    if os.path.isfile(self.at(path)): return path
+            alone = self.last[composed(name).casefold()] # a bare name, and one picture of that name in the folders below
+            if len(alone)==1: return alone[0]
+
+    def listed(self):
+        "name -> captions, from every metadata file"
+        found = {}
+        for meta in (n for n in self.names if posixpath.basename(n).lower() in METADATA):
+            self.used.add(meta)
+            try:
+                table = rows(meta, Path(os.fsdecode(self.at(meta))).read_bytes())
+                lack = lacking(table)
+            except CourseError as e: lack = str(e)
+            except Exception as e: lack = f'cannot be read ({e})' # csv and pyarrow have errors of their own
+            if lack: self.notes.append(f'{shown(self.prefix+meta)} {lack}')
+            for n, row in () if lack else table:
+                try:
+                    texts, name = captions_of(row), value_of(row, FILE)
+                    file = self.find(name, posixpath.dirname(meta))
+                except (LookupError, AttributeError, TypeError, ValueError):
+                    self.leave('could not be read', f'{shown(meta)} line {n}')
+                    continue
+                if file: found.setdefault(file, []).extend(texts)
+                else: self.leave('could not be read', f'{shown(name)} (listed, not there)')
+        return found
+
+    def beside(self, picture):
+        "Captions from NAME.txt, whose lines are one caption, or from NAME.json"
+        stem = posixpath.splitext(picture)[0]
+        for file in filter(None, map(self.here, (f'{stem}.txt', f'{stem}.json'))):
+            with open(self.at(file), 'rb') as f: data = f.read()
+            if file.lower().endswith('.json'):
+                try: return captions_of(json_row(text_of(data)))
+                except (LookupError, AttributeError, TypeError, ValueError): continue # of another kind
+                finally: self.used.add(file)
+            self.used.add(file)
+            text = text_of(data)
+            text.encode()
+            if text.strip(): return [text]
+        return []
+
+    def captioned(self):
+        "(picture, its captions); what has none is noted, unless no caption is there at all and the folders are classes"
+        said, bare = self.listed(), []
+        pictures = sorted({*filter(is_picture, self.names), *said}, key=in_order)
+        for p in pictures:
+            try: said[p] = tidy(said.get(p, ())) or tidy(self.beside(p))
+            except (ValueError, OSError) as e:
+                why = 'not UTF-8' if isinstance(e, ValueError) else e.strerror
+                self.leave('could not be read', f'{shown(posixpath.splitext(p)[0])}.txt ({why})')
+            else:
+                if not said[p]: bare.append(p)
+        if not self.used: said |= self.classes(bare)
+        for p in bare:
+            if not said[p]: self.leave('without a caption', shown(p))
+        texts, stems = ([composed(posixpath.splitext(n)[0]).casefold() for n in names] for names in
+                        ([n for n in self.names if n.lower().endswith('.txt')], pictures))
+        if set(texts) & set(stems): # where captions lie beside pictures, one that lies alone has lost its picture
+            for t in sorted(set(texts)-set(stems)): self.leave('without a picture', f'{shown(t)}.txt')
+        return [(p, said[p]) for p in pictures if said.get(p)]
+
+    def classes(self, pictures):
+        "name -> caption: the folder that a picture lies in, where there are at least two such folders"
+        said = {p: [c.replace('_', ' ') for c in p.split('/')[:-1] if c.lower() not in PLACES][-1:] for p in pictures}
+        names = sorted({c for texts in said.values() for c in texts})
+        if len(names)<2: return {}
+        self.notes.append(f"no captions: the folders' names are taken for them ({shown(', '.join(names[:5]))}"
+                          f"{', ...' if len(names)>5 else ''})")
+        return {p: tidy(texts) for p, texts in said.items()}
+
+
+def unpacked(tar, to, notes):
+    "Every plain file of an archive, wherever it says it wants to be, into the folder `to`"
+    try:
+        with tarfile.open(tar) as archive:
+            for m in archive:
+                file = archive.extractfile(m) if m.isfile() or m.islnk() else None
+                if file is None: continue
+                path = os.path.join(os.fsencode(to), raw(posixpath.normpath('/'+m.name)[1:]))
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, 'wb') as f: f.write(file.read())
+    except (tarfile.TarError, OSError, EOFError, zlib.error, KeyError) as e:
+        notes.append(f'{shown(os.path.basename(tar))} is damaged ({e}): what stands before that place is used')
+
+
+def piles(path):
+    "The folder, or its tar files when it has no pictures of its own, each unpacked for as long as it is read"
+    pile, tars = None if path.is_file() else Pile(path), [path.name]
+    if pile:
+        tars = [n for n in pile.names if n.lower().endswith(TARS)]
+        if not tars or any(map(is_picture, pile.names)):
+            if tars: pile.notes.append(f'left aside {len(tars)} tar files beside the pictures: name them one by one')
+            return (yield pile)
+    for tar in tars:
+        with tempfile.TemporaryDirectory(prefix='t2i-') as tmp:
+            notes = []
+            unpacked(pile.at(tar) if pile else os.fsencode(path), tmp, notes)
+            inside = Pile(tmp, f'{tar}/')
+            inside.notes += notes
+            yield inside
+
+
+# --- pictures ---
+
+def eight_bit(im, white=None):
+    """Gray of more than 8 bits. White is 65535 where the file says 16 bits; else 1 (floats), 255 or 65535, whichever is
+    the first that no value exceeds"""
+    v = np.asarray(im).astype(np.float64)
+    white = white or next((w for w in ((1, 255, 65535) if im.mode=='F' else (255, 65535)) if v.max()<=w), None)
+    if white is None or not v.min()>=0: raise CourseError('values outside 0..65535')
+    from PIL import Image
+    return Image.fromarray(np.rint(v*255/white).astype(np.uint8))
+
+
+def picture(file, size): # (3 size size) uint8
+    "Turned as its camera says, on white where transparent, cropped to its central square and resized; the first of several"
+    from PIL import Image, ImageOps
+    with open(file, 'rb') as f, Image.open(f) as im:
+        deep = im.mode.startswith('I;16') or im.mode=='I' and im.format in ('PNG', 'PPM')
+        im = ImageOps.exif_transpose(im)
+        if deep or im.mode in ('I', 'F'): im = eight_bit(im, 65535 if deep else None)
+        im = im.convert('RGBA')
+    im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
+    return torch.from_numpy(np.array(ImageOps.fit(im, (size, size), Image.Resampling.LANCZOS))).permute(2, 0, 1)
+
+
+class Folder:
+    "Any folder or tar file of images with captions: NAME.txt beside NAME.png, or metadata with file_name and text"
+    attributes = {}
+
+    def __init__(self, path, size=32):
+        self.path = Path(path).expanduser().resolve()
+        if not self.path.is_dir() and not (self.path.is_file() and tarfile.is_tarfile(self.path)):
+            raise CourseError(f'{shown(str(path))} is not a folder: give a folder of images with captions, or a .tar of them')
+        try: str(self.path).encode()
+        except ValueError as e: raise CourseError(f'the path {shown(str(self.path))} is not UTF-8: rename it') from e
+        self.name, self.shape, self.splits = self.path.name, (3, size, size), ('train', 'test')
+        kept, notes, left = [], [], defaultdict(list)
+        for pile in piles(self.path):
+            for name, captions in pile.captioned():
+                try: kept.append((pile.prefix+name, picture(pile.at(name), size), captions))
+                except Exception as e: # a damaged image may raise anything
+                    ending = posixpath.splitext(name)[1].lower()
+                    why = e if isinstance(e, CourseError) else f'Pillow does not read {ending}' if ending not in readable() else ''
+                    pile.leave('could not be read', shown(name)+(f' ({why})' if why else ''))
+            notes += pile.notes
+            for why, names in pile.left.items(): left[why] += names
+        for text in notes: say(f'{self.name}: {text}')
+        for why, names in left.items():
+            say(f"{self.name}: skipped {len(names)} {why}: {', '.join(names[:5])}{', ...' if len(names)>5 else ''}")
+        if len(kept)<2:
+            raise CourseError(f'{path} has {len(kept) or "no"} usable captioned image{"s"*(len(kept)!=1)}, and at least 2 '
+                              f'are needed{"".join(f"; {n}" for n in notes)}: put NAME.txt with the caption beside each '
+                              'NAME.png or NAME.jpg, or write metadata.jsonl with "file_name" and "text"')
+        self.take(kept)
+
+    def take(self, kept):
+        "Divide (name, picture, captions) into splits, for good: by the folders train and test, else by a hash of the name"
+        names = [composed(name) for name, *_ in kept]
+        ranks = [int(hashlib.sha256(raw(name)).hexdigest()[:15], 16) for name in names]
+        tops = [name.lower().split('/')[0] for name in names]
+        test = {i for i, t in enumerate(tops) if t in TESTS} if 'train' in tops else set()
+        # else about every tenth, whatever else is in the folder
+        test = test or {i for i, r in enumerate(ranks) if r%10==0} or {ranks.index(min(ranks))}
+        if len(test)==len(kept): test.discard(ranks.index(max(ranks)))
+        part = {'train': [k for i, k in enumerate(kept) if i not in test],
+                'test': [k for i, k in enumerate(kept) if i in test]}
+        self.x = {s: torch.stack([x for _, x, _ in p]) for s, p in part.items()}
+        self.texts = {s: [c for *_, cs in p for c in cs] for s, p in part.items()}
+        self.which = {s: torch.tensor([k for k, (*_, cs) in enumerate(p) for _ in cs]) for s, p in part.items()} # of x
+        self.words = tuple(sorted({w for c in self.texts['train'] for w in split_words(c)}))
+        self.size = min(64, max(map(n_tokens, self.texts['train'])))
+        long = sum(n_tokens(c)>64 for cs in self.texts.values() for c in cs)
+        if long: say(f"{self.name}: {long} caption{'s are' if long>1 else ' is'} longer than 63 words and read up to there")
+        n, m, pairs = len(self.x['train']), len(self.x['test']), sum(map(len, self.texts.values()))
+        more = f', {pairs:,} captions' if pairs>n+m else ''
+        self.source = f'folder {self.name}, {n:,} training images, {m:,} for testing{more}'
+        self.crop = (f'{self.name}: {n+m:,} pictures, the central square of each resized to {self.shape[1]} x {self.shape[2]}; '
+                     '--size changes it')
+        h = hashlib.sha256()
+        for name, (_, x, texts) in sorted(zip(names, kept), key=lambda k: k[0]):
+            h.update(json.dumps([name, texts]).encode()+x.contiguous().numpy().tobytes())
+        self.fingerprint = h.hexdigest()
+
+    def batch(self, split, draws):
+        "Captioned images; every pair of picture and caption once an epoch"
+        check_split(self, split)
+        i = in_epochs(len(self.texts[split]), draws)
+        x = self.x[split][self.which[split][i]]
+        return Batch(x/127.5-1, [self.texts[split][k] for k in i.tolist()], {}, {})
+
+    def captions(self, attrs, named):
+        raise CourseError(f'the captions of {self.name} are in its files; they cannot be made from attributes')
+
+    def demands(self, caption): return {}
