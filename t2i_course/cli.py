@@ -5,7 +5,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 import numpy as np
 import torch
-from t2i_course.core.data import CourseError, Draws, load, results_path, scale as current_scale
+from t2i_course.core.data import CourseError, Draws, is_path, load, results_path, scale as current_scale
 from t2i_course.core.ema import state_for
 from t2i_course.core.training import ALONE, bf16_pays, feed, pick_device, train
 from t2i_course.runs import (Stopped, config_hash, cut_log, follow, load_tensors, read_config, save_tensors,
@@ -20,7 +20,8 @@ RECIPES = (dict(gan='t2i_course.gan.adversarial') | at('gan', 'stylegan2', 'bigg
 CHAPTERS = ({RECIPES[k].split('.')[-1]:RECIPES[k] for k in RECIPES} | at('core', 'metrics')
             | at('diffusion', 'schedules', 'samplers', 'preconditioning', 'guidance', 'terminal_snr')
             | at('scale', 'mixed_precision', 'fsdp', 'pipeline', 'recipes') | at('capstone', 'report_card'))
-DATA = 'digits, painted, painted2, mnist, fashion, cifar10 or a folder'
+DATA = 'digits, painted, painted2, mnist, fashion, cifar10 or a folder as ./FOLDER'
+SIZE = "side of a folder's pictures, which are cropped to their central square and resized (default 32)"
 # the clock when neither --images nor --seconds is given
 IMAGES = dict(smoke=2_048, demo=100_000, full=100_000_000)
 PROMPTS = ['a bold red seven leaning left on pink', 'a thin green three on black',
@@ -56,13 +57,25 @@ def between(value, low, high, name:str, whole:bool=False):
 def open_data(
     name,      # a data set, a folder of captioned images, or a folder made by t2i prepare
     codec=None,# for shards of latents: the run of the codec that made them
+    size=None, # side of a folder's pictures; default 32
 ):
     "Any data of the course; shards read like pictures"
-    if Path(name).is_dir():
+    if is_path(name):
         from t2i_course.scale.recipes import Shards, is_shards
-        if is_shards(name): return Shards(name, codec and Model(codec).den.codec)
+        folder = Path(name).expanduser()
+        if is_shards(folder):
+            if size: raise CourseError(f'{name} holds shards of pictures, which have their size: give --size to t2i prepare')
+            return Shards(folder, codec and Model(codec).den.codec)
     if codec: raise CourseError(f'--codec is for shards of latents; {name} is not a folder made by t2i prepare')
-    return load(name)
+    return load(name, size)
+
+def place(data)->str:
+    "What a config calls its data: the name of a data set, or the whole path of a folder"
+    return str(Path(data).expanduser().resolve()) if is_path(data) else data
+
+def say_size(ds):
+    "How a folder's pictures were cut, where its own size was not theirs"
+    if hasattr(ds, 'crop'): say(ds.crop)
 
 def installed()->str:
     "The version of the installed package, or 'source'"
@@ -87,17 +100,17 @@ def command()->str:
     return ' '.join(['t2i', *sys.argv[1:]]) if Path(sys.argv[0]).name in ('t2i','cli.py') else 'python'
 
 # ---- train ----
-def settings(recipe, data, scale, seconds, images, seed, precision, changes=None, codec=None)->dict:
+def settings(recipe, data, scale, seconds, images, seed, precision, changes=None, codec=None, size=None)->dict:
     "The config of a new run: everything needed to make the same model again"
-    mod,ds = module(recipe),open_data(data, codec)
+    mod,ds = module(recipe),open_data(data, codec, size)
+    say_size(ds)
     if hasattr(mod, 'recipe_for'): config = mod.recipe_for(ds, scale, seconds)
     else: config = mod.recipe(ds.shape[0], ds.words, ds.size, scale)
     if images is None and seconds is None: images = IMAGES[scale]
     if precision=='auto': precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
     if codec: config |= dict(codec=str(Path(codec).resolve()), clamp=4.) # whitened latents: variance 1, not [-1,1]
     return config|(changes or {})|dict(
-        data=str(Path(data).resolve()) if Path(data).is_dir() else data,
-        source=ds.source, shape=list(ds.shape), scale=scale,
+        data=place(data), size=ds.shape[1] if hasattr(ds, 'crop') else None, fingerprint=ds.fingerprint, source=ds.source, shape=list(ds.shape), scale=scale,
         images=images, seconds=seconds, seed=seed, precision=precision,
         threads=torch.get_num_threads(), versions=versions(), hardware=hardware())
 
@@ -113,7 +126,7 @@ def make_folder(out)->Path:
 
 def train_run(
     recipe='flow_matching',# see RECIPES
-    data='painted',        # name of a data set, or a folder
+    data='painted',        # name of a data set, or a folder as ./FOLDER
     scale=None,            # smoke, demo or full; default T2I_SCALE, else demo
     seconds=None,          # wall time of training, fitting a skip included
     images=None,           # or images seen: the clock that makes a run repeatable
@@ -125,6 +138,7 @@ def train_run(
     save_every=20.,        # seconds between checkpoints
     changes=None,          # entries of the recipe to replace in a new run
     codec=None,            # data of latents: the run of the codec that made them
+    size=None,             # side of a folder's pictures, which are cropped and resized; default 32
     shard=None,            # ddp or fsdp, under torchrun: how the processes share the work
     **outside,             # what comes from outside the network, see `fit_run`
 )->Path:                   # the run folder
@@ -133,7 +147,7 @@ def train_run(
     between(seconds, 1e-3, 1e8, '--seconds')
     between(images, 1, 1e12, '--images', whole=True)
     between(seed, 0, 2**62, '--seed', whole=True)
-    out,ranks = Path(out or f'runs/{recipe}-{Path(data).name}-{seed}'),sharers(shard)
+    out,ranks = Path(out or f'runs/{recipe}-{Path(place(data)).name}-{seed}'),sharers(shard)
     if ranks.rank: # process 0 has written it, or has stopped with a sentence
         ranks.wait()
         config = read_config(out)
@@ -149,7 +163,7 @@ def train_run(
                                   f'resume without --{name}, or train into another folder')
     else:
         if resume: say(f'{out} holds no run yet: starting from the beginning')
-        config = settings(recipe, data, scale or current_scale(), seconds, images, seed, precision, changes, codec)
+        config = settings(recipe, data, scale or current_scale(), seconds, images, seed, precision, changes, codec, size)
         write_json(make_folder(out)/'config.json', config)
     if ranks.rank==0: ranks.wait()
     fit_run(out, config, quiet, save_every, ranks, shard, **outside)
@@ -181,7 +195,7 @@ def fit_run(
     accumulate:int=1,   # micro-batches a step
 ):
     "The training itself: what the model becomes is in the config, how the work is done in the other arguments"
-    device,ds = pick_device(),open_data(config['data'], config.get('codec'))
+    device,ds = pick_device(),open_data(config['data'], config.get('codec'), config.get('size'))
     if ranks.size==1: torch.set_num_threads(min(config['threads'], os.cpu_count() or 1))
     torch.manual_seed(config['seed'])
     tok,den = module(config['recipe']).build(config)
@@ -361,7 +375,7 @@ def eval_run(
     from t2i_course.core.metrics import evaluate
     m = Model(run)
     c,t = m.config,json.loads((m.run/'train.json').read_text())
-    data = open_data(c['data'], c.get('codec'))
+    data = open_data(c['data'], c.get('codec'), c.get('size'))
     row = evaluate(m.draw, data if m.codec is None else data.origin(), n=n, seed=seed)|dict(
         recipe=c['recipe'], params=t['params'], params_trained=t.get('params_trained', t['params']),
         images=t['images'], train_seconds=t['seconds'], steps=t['steps'], train_seed=c['seed'],
@@ -657,7 +671,7 @@ def cmd_train(a):
         a.recipe = recipe
     if not a.recipe: raise CourseError(f"say which recipe to train: {', '.join(RECIPES)}")
     out = train_run(a.recipe, a.data, a.scale, a.seconds, a.images, a.seed, a.out, a.resume, a.precision,
-                    a.quiet, a.save_every, codec=a.codec, shard=a.shard, checkpointing=a.checkpointing, compiled=a.compile,
+                    a.quiet, a.save_every, codec=a.codec, size=a.size, shard=a.shard, checkpointing=a.checkpointing, compiled=a.compile,
                     accumulate=between(a.accumulate, 1, 4096, '--accumulate', whole=True))
     if not int(os.environ.get('RANK', 0)): print(f'{out}: trained. Draw with: t2i sample {out} --prompt "..." --out picture.png')
 
@@ -689,7 +703,8 @@ def cmd_data(a):
     between(a.n, 1, 10_000_000, '--n', whole=True)
     between(a.seed, 0, 2**62, '--seed', whole=True)
     if Path(a.out).suffix.lower()!='.npz': raise CourseError(f"--out must end in .npz; got '{a.out}'")
-    ds = load(a.name)
+    ds = load(a.name, a.size)
+    say_size(ds)
     if a.split not in ds.splits:
         raise CourseError(f"{a.name} has the splits {', '.join(ds.splits)}; got '{a.split}'")
     make_folder(Path(a.out).parent)
@@ -712,12 +727,15 @@ def cmd_prepare(a):
     codec = Model(a.codec).den if a.codec else None
     if codec is not None and not hasattr(codec, 'codec'):
         raise CourseError(f'{a.codec} is a run without a codec: train one with t2i train vae')
+    ds = open_data(a.data, size=a.size)
+    say_size(ds)
     make_folder(a.out)
     with tqdm(total=a.images, unit='img', disable=a.quiet, file=sys.stderr) as bar:
-        prepare(open_data(a.data), a.out, a.images, codec and codec.codec, shard_size=a.shard_size, split=a.split, seed=a.seed,
+        prepare(ds, a.out, a.images, codec and codec.codec, shard_size=a.shard_size, split=a.split, seed=a.seed,
                 store=a.store, progress=lambda n: bar.update(n-bar.n))
+    there = a.out if is_path(a.out) else f'./{a.out}'
     print(f'{a.out}: {a.images:,} images in shards. '+
-          f'Train on them with: t2i train RECIPE --data {a.out}'+(f' --codec {a.codec}' if a.codec else ''))
+          f'Train on them with: t2i train RECIPE --data {there}'+(f' --codec {a.codec}' if a.codec else ''))
 
 def first_seeds(n)->tuple:
     "0, 1, ... n-1"
@@ -741,7 +759,7 @@ def add_train(command):
     a = command('train', 'train a recipe into a run folder', cmd_train)
     a('recipe', nargs='?', help=', '.join(RECIPES))
     a('--list', action='store_true', help='the recipes')
-    a('--data', default='painted', help=f'{DATA} of captioned images (default painted)')
+    a('--data', default='painted', help=f'{DATA}, of captioned images (default painted)')
     a('--scale', choices=['smoke','demo','full'],
       help='size of the model and default length (default: T2I_SCALE, else demo)')
     a('--seconds', type=float, metavar='N', help='wall time of training')
@@ -753,6 +771,7 @@ def add_train(command):
     a('--out', metavar='RUN', help='run folder (default runs/RECIPE-DATA-SEED)')
     a('--save-every', type=float, default=20., metavar='N', help='seconds between checkpoints (default 20)')
     a('--quiet', action='store_true', help='no progress bar')
+    a('--size', type=int, metavar='N', help=SIZE)
     a('--codec', metavar='RUN', help='with --data of latents: the vae run that t2i prepare was given')
     a('--shard', choices=['ddp','fsdp'], help='under torchrun: a copy of the model in each process, or a shard of it')
     a('--accumulate', type=int, default=1, metavar='N', help='micro-batches a step (default 1)')
@@ -792,10 +811,12 @@ def add_rest(command):
     a('--split', default='train', help='train, test, or painted: heldout (default train)')
     a('--n', type=int, default=1000, metavar='N', help='pictures (default 1000)')
     a('--seed', type=int, default=0, metavar='N', help='of every random number (default 0)')
+    a('--size', type=int, metavar='N', help=SIZE)
     a('--out', required=True, metavar='FILE', help='file.npz')
     a = command('prepare', 'write captioned pictures, or their latents, to shards that training reads by index', cmd_prepare)
     a('data', help=DATA)
     a('--images', type=int, required=True, metavar='N', help='how many')
+    a('--size', type=int, metavar='N', help=SIZE)
     a('--out', required=True, metavar='FOLDER', help='of the shards; prepare again to go on after an interruption')
     a('--split', default='train', help='train, test, or painted: heldout (default train)')
     a('--shard-size', type=int, default=4096, metavar='N', help='images a shard (default 4096)')
