@@ -110,7 +110,8 @@ def settings(recipe, data, scale, seconds, images, seed, precision, changes=None
     if precision=='auto': precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
     if codec: config |= dict(codec=str(Path(codec).resolve()), clamp=4.) # whitened latents: variance 1, not [-1,1]
     return config|(changes or {})|dict(
-        data=place(data), size=ds.shape[1] if hasattr(ds, 'crop') else None, fingerprint=ds.fingerprint, source=ds.source, shape=list(ds.shape), scale=scale,
+        data=place(data), size=ds.shape[1] if hasattr(ds, 'crop') else None, fingerprint=ds.fingerprint,
+        source=ds.source, shape=list(ds.shape), scale=scale,
         images=images, seconds=seconds, seed=seed, precision=precision,
         threads=torch.get_num_threads(), versions=versions(), hardware=hardware())
 
