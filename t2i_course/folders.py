@@ -15,7 +15,7 @@ from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
 
-from t2i_course.core.data import CourseError
+from t2i_course.core.data import CourseError, split_words
 
 METADATA = ('metadata.jsonl', 'metadata.csv', 'metadata.parquet')
 FILE = ('file_name', 'file', 'filename', 'image', 'path') # columns that may name the picture, the first that is there
@@ -27,9 +27,9 @@ PLACES = {'train', 'training', 'test', 'testing', 'val', 'valid', 'validation', 
 
 
 def say(text):
-    "A line on standard error; what it cannot show is written as a code"
+    "A line on standard error, of one process; what it cannot show is written as a code"
     code = getattr(sys.stderr, 'encoding', None) or 'utf-8'
-    print(text.encode(code, 'backslashreplace').decode(code), file=sys.stderr)
+    if not int(os.environ.get('RANK', 0)): print(text.encode(code, 'backslashreplace').decode(code), file=sys.stderr)
 
 
 @lru_cache(1000)
@@ -115,7 +115,8 @@ def captions_of(row):
     return [checked(t) for t in (value if isinstance(value, list) else [value])]
 
 
-def tidy(texts): return list(dict.fromkeys(c for t in texts if (c := ' '.join(t.split()))))
+def tidy(texts): # without those in which there is nothing to see
+    return list(dict.fromkeys(' '.join(t.split()) for t in texts if split_words(t)))
 
 
 class Pile:

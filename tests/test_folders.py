@@ -351,11 +351,13 @@ def test_captions_beside(tmp_path, capsys):
     (tmp_path/'j.json').write_text('{"caption": "from json"}', encoding='utf-8')
     draw(tmp_path/'k.png')
     (tmp_path/'k.json').write_text('{"boxes": [1, 2]}', encoding='utf-8')
+    draw(tmp_path/'unseen.png')
+    (tmp_path/'unseen.txt').write_text('\ufeff\u200b \u00ad', encoding='utf-8')
     (tmp_path/'lost.txt').write_text('where is my picture?', encoding='utf-8')
     data = load(tmp_path)
     assert {'from json', 'upper case'} <= set(texts(data)) and texts(data).count('a square number 0') == 2
     err = capsys.readouterr().err
-    assert 'skipped 1 without a caption: k.png' in err and 'skipped 1 without a picture: lost.txt' in err
+    assert 'skipped 2 without a caption: k.png, unseen.png' in err and 'skipped 1 without a picture: lost.txt' in err
 
 
 def test_long_captions_are_said(tmp_path, capsys):
