@@ -105,14 +105,14 @@ def lacking(table):
 
 def value_of(row, columns):
     "The first of these columns that holds something"
-    values = [row[k] for k in columns if row.get(k) is not None]
+    values = [row[k] for k in columns if k in row]
     return next(filter(None, values), values[0])
 
 
 def captions_of(row):
-    "One caption, or a list of them; an error when they are not text"
+    "One caption, a list of them, or an empty place; an error when it is not text"
     value = value_of(row, TEXT)
-    return [checked(t) for t in (value if isinstance(value, list) else [value])]
+    return [checked(t) for t in (value if isinstance(value, list) else [] if value is None else [value])]
 
 
 def tidy(texts): # without those in which there is nothing to see
@@ -163,11 +163,18 @@ class Pile:
         same = [n for n in near if composed(n)==composed(name)] or near
         return same[0] if len(same)==1 else None
 
+    def inside(self, path):
+        "The name of a file that is given by its whole path"
+        real = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+        try: names = [os.path.relpath(p, os.fsdecode(self.root)).replace(os.sep, '/') for p in (path, real)]
+        except ValueError: return None # on another drive
+        return next(filter(None, map(self.here, names)), None)
+
     def find(self, said, folder):
         "The file that a list in `folder` means; the list may come from Windows, or name a place that is no more"
         for name in dict.fromkeys((said, said.replace('\\', '/'))):
             if re.match(r'/|\w:/', name):
-                if os.path.isfile(self.at(name)): return self.here(os.path.relpath(name, os.fsdecode(self.root))) or name
+                if os.path.isfile(self.at(name)): return self.inside(name) or name
                 tails = [name.split('/', i)[-1] for i in range(1, name.count('/')+1)]
             else: tails = [name]
             for tail in tails:
@@ -227,10 +234,11 @@ class Pile:
         if not self.used: said |= self.classes(bare)
         for p in bare:
             if not said[p]: self.leave('without a caption', shown(p))
-        texts, stems = ([composed(posixpath.splitext(n)[0]).casefold() for n in names] for names in
-                        ([n for n in self.names if n.lower().endswith('.txt')], pictures))
-        if set(texts) & set(stems): # where captions lie beside pictures, one that lies alone has lost its picture
-            for t in sorted(set(texts)-set(stems)): self.leave('without a picture', f'{shown(t)}.txt')
+        def stem(name): return composed(posixpath.splitext(name)[0]).casefold()
+        stems, texts = set(map(stem, pictures)), [n for n in self.names if n.lower().endswith('.txt')]
+        alone = [n for n in texts if stem(n) not in stems]
+        if len(alone)<len(texts): # where captions lie beside pictures, one that lies alone has lost its picture
+            for n in alone: self.leave('without a picture', shown(n))
         return [(p, said[p]) for p in pictures if said.get(p)]
 
     def classes(self, pictures):

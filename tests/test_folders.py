@@ -273,6 +273,18 @@ def test_pictures_outside_the_folder(tmp_path):
     assert len(texts(load(tmp_path/'mine'))) == 4
 
 
+def test_whole_paths_into_the_folder(links, capsys):
+    "The same pictures, linked or not, are not taken for others"
+    captioned(links/'store', 2)
+    draw(links/'mine/0.png')
+    (links/'mine/more').symlink_to(links/'store')
+    (links/'way').symlink_to(links/'mine')
+    listed(links/'mine', [dict(file_name=str(links/f), text=f) for f in ('mine/0.png', 'way/0.png', 'mine/more/00.png', 'store/01.png')])
+    pile = folders.Pile(links/'mine')
+    assert dict(pile.captioned()) == {'0.png': ['mine/0.png', 'way/0.png'], 'more/00.png': ['mine/more/00.png'],
+                                      'more/01.png': ['a square number 1'], str(links/'store/01.png'): ['store/01.png']}
+
+
 @pytest.mark.parametrize('rows,sentence', [
     ([dict(file_name='00.png', label=3)], 'metadata.jsonl has no column text, caption or prompt .its columns: file_name, label'),
     ([dict(picture='00.png', text='a')], 'metadata.jsonl has no column file_name .its columns: picture, text')])
@@ -288,10 +300,11 @@ def test_damaged_rows_are_named(tmp_path, capsys):
     (tmp_path/'metadata.csv').write_text('file_name,text\n0.png,zero\n1.png,a red, big square\n2.png,two\n3.png\n', encoding='utf-8')
     (tmp_path/'sub').mkdir()
     (tmp_path/'sub/metadata.jsonl').write_bytes(b'{"file_name": "3.png", "text": "gr\xfcn"}\n{"file_name": "3.png", "text": "\\ud800"}\n'
-                                                b'{"file_name": 3, "text": "x"}\n{"file_name": "3.png", "text": {"a": "b"}}\n[]\n')
+                                                b'{"file_name": 3, "text": "x"}\n{"file_name": "3.png", "text": {"a": "b"}}\n[]\n'
+                                                b'{"file_name": "3.png", "text": null}\n{"file_name": "3.png"}\n')
     assert texts(load(tmp_path)) == ['two', 'zero']
     err = capsys.readouterr().err
-    assert 'skipped 7 could not be read: metadata.csv line 3, metadata.csv line 5, sub/metadata.jsonl line 1' in err
+    assert 'skipped 7 could not be read: metadata.csv line 3, sub/metadata.jsonl line 1, sub/metadata.jsonl line 2' in err
     assert 'skipped 2 without a caption: 1.png, 3.png' in err
 
 
