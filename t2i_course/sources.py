@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from t2i_course.core.data import (NUMBERS, Batch, CourseError, Labelled, check_split, in_epochs, n_tokens,
-                                  split_words)
+from t2i_course.core.data import NUMBERS, Batch, CourseError, Labelled, check_split, in_epochs, split_words
 from t2i_course.folders import composed, piles, raw, readable, say, say_once as say_once, shown
 
 
@@ -190,9 +189,10 @@ class Folder:
         self.x = {s: torch.stack([x for _, x, _ in p]) for s, p in part.items()}
         self.texts = {s: [c for *_, cs in p for c in cs] for s, p in part.items()}
         self.which = {s: torch.tensor([k for k, (*_, cs) in enumerate(p) for _ in cs]) for s, p in part.items()} # of x
-        self.words = tuple(sorted({w for c in self.texts['train'] for w in split_words(c)}))
-        self.size = min(64, max(map(n_tokens, self.texts['train'])))
-        long = sum(n_tokens(c)>64 for cs in self.texts.values() for c in cs)
+        words = {s: list(map(split_words, texts)) for s, texts in self.texts.items()}
+        self.words = tuple(sorted({w for ws in words['train'] for w in ws}))
+        self.size = min(64, 1+max(map(len, words['train']))) # and a token for the start
+        long = sum(len(ws)>63 for s in words for ws in words[s])
         if long: say(f"{self.name}: {long} caption{'s are' if long>1 else ' is'} longer than 63 words and read up to there")
         n, m, pairs = len(self.x['train']), len(self.x['test']), sum(map(len, self.texts.values()))
         more = f', {pairs:,} captions' if pairs>n+m else ''

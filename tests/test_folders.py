@@ -249,7 +249,7 @@ def test_lists(tmp_path, kind, file, text):
 
 @pytest.mark.parametrize('place,said', [
     ('', 'train/{}.png'), ('train', '{}.png'), ('', 'train\\{}.png'), ('', './train/{}.png'), ('train', '.\\{}.png'),
-    ('', 'C:\\Users\\me\\set\\train\\{}.png'), ('train', '/home/other/set/train/{}.png'), ('lists/here', '{}.png'),
+    ('', 'D:\\my\\set\\train\\{}.png'), ('train', '/elsewhere/other/set/train/{}.png'), ('lists/here', '{}.png'),
     ('lists', '../train/{}.png'), ('', 'TRAIN/{}.PNG')])
 def test_where_lists_and_pictures_lie(tmp_path, place, said):
     for i in range(4): draw(tmp_path/f'train/{i}.png')
@@ -262,7 +262,7 @@ def test_a_list_does_not_take_another_picture(tmp_path, capsys):
     "A name that fits two pictures, or one in another folder, fits none"
     captioned(tmp_path/'test')
     for i in range(2): draw(tmp_path/f'a/{i}x.png'), draw(tmp_path/f'b/{i}x.png')
-    listed(tmp_path, [dict(file_name=n, text='wrong') for n in ('train/00.png', '/home/me/train/00.png', '0x.png', '1X.PNG')])
+    listed(tmp_path, [dict(file_name=n, text='wrong') for n in ('train/00.png', '/elsewhere/other/train/00.png', '0x.png', '1X.PNG')])
     assert 'wrong' not in texts(load(tmp_path))
     assert 'skipped 4 could not be read: train/00.png (listed, not there)' in capsys.readouterr().err
 
