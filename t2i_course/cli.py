@@ -6,10 +6,10 @@ from importlib import import_module, metadata
 from pathlib import Path
 import numpy as np
 import torch
-from t2i_course.core.data import CourseError, Draws, load, results_path, scale as current_scale
+from t2i_course.core.data import CourseError, Draws, is_path, load, results_path, scale as current_scale
 from t2i_course.core.ema import state_for
 from t2i_course.core.training import ALONE, bf16_pays, feed, pick_device, spent, train
-from t2i_course.runs import (Stopped, belongs, codec_place, codec_run, config_hash, cut_log, follow, is_place, load_tensors,
+from t2i_course.runs import (Stopped, belongs, codec_place, codec_run, config_hash, cut_log, follow, load_tensors,
                              model_hash, one_writer, read_config, same_threads, save_tensors, seen_from, undisturbed,
                              write_json, write_whole)
 from t2i_course.runs import resume as take_up
@@ -22,7 +22,8 @@ RECIPES = (dict(gan='t2i_course.gan.adversarial') | at('gan', 'stylegan2', 'bigg
 CHAPTERS = ({RECIPES[k].split('.')[-1]:RECIPES[k] for k in RECIPES} | at('core', 'metrics')
             | at('diffusion', 'schedules', 'samplers', 'preconditioning', 'guidance', 'terminal_snr')
             | at('scale', 'mixed_precision', 'fsdp', 'pipeline', 'recipes') | at('capstone', 'report_card'))
-DATA = 'digits, painted, painted2, mnist, fashion, cifar10 or a folder'
+DATA = 'digits, painted, painted2, mnist, fashion, cifar10 or a folder as ./FOLDER'
+SIZE = "side of a folder's pictures, which are cropped to their central square and resized (default 32)"
 # the clock when neither --images nor --seconds is given
 IMAGES = dict(smoke=2_048, demo=100_000, full=100_000_000)
 PROMPTS = ['a bold red seven leaning left on pink', 'a thin green three on black',
@@ -59,13 +60,25 @@ def between(value, low, high, name:str, whole:bool=False):
 def open_data(
     name,      # a data set, a folder of captioned images, or a folder made by t2i prepare
     codec=None,# for shards of latents: the run of the codec that made them
+    size=None, # side of a folder's pictures; default 32
 ):
     "Any data of the course; shards read like pictures"
-    if Path(name).is_dir():
+    if is_path(name):
         from t2i_course.scale.recipes import Shards, is_shards
-        if is_shards(name): return Shards(name, codec and Model(codec).den.codec)
+        folder = Path(name).expanduser()
+        if is_shards(folder):
+            if size: raise CourseError(f'{name} holds shards of pictures, which have their size: give --size to t2i prepare')
+            return Shards(folder, codec and Model(codec).den.codec)
     if codec: raise CourseError(f'--codec is for shards of latents; {name} is not a folder made by t2i prepare')
-    return load(name)
+    return load(name, size)
+
+def place(data)->str:
+    "What a config calls its data: the name of a data set, or the whole path of a folder"
+    return str(Path(data).expanduser().resolve()) if is_path(data) else data
+
+def say_size(ds):
+    "How a folder's pictures were cut, where its own size was not theirs"
+    if hasattr(ds, 'crop'): say(ds.crop)
 
 def installed()->str:
     "The version of the installed package, or 'source'"
@@ -97,18 +110,18 @@ def command(
 
 # ---- train ----
 @undisturbed() # the probe of bfloat16 draws random numbers
-def settings(recipe, data, scale, seconds, images, seed, precision, changes=None, codec=None)->dict:
+def settings(recipe, data, scale, seconds, images, seed, precision, changes=None, codec=None, size=None)->dict:
     "The config of a new run: everything needed to make the same model again"
-    mod,ds = module(recipe),open_data(data, codec)
+    mod,ds = module(recipe),open_data(data, codec, size)
+    say_size(ds)
     if hasattr(mod, 'recipe_for'): config = mod.recipe_for(ds, scale, None if images else seconds)
     else: config = mod.recipe(ds.shape[0], ds.words, ds.size, scale)
     if images is None and seconds is None: images = IMAGES[scale]
     if precision=='auto': precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
     if codec: config |= dict(codec=str(Path(codec).resolve()), codec_model=model_hash(codec), clamp=4.) # whitened latents: variance 1, not [-1,1]
     return config|(changes or {})|dict(
-        data=str(Path(data).resolve()) if Path(data).is_dir() else data,
+        data=place(data), size=ds.shape[1] if hasattr(ds, 'crop') else None, fingerprint=ds.fingerprint,
         source=ds.source, shape=list(ds.shape), scale=scale,
-        fingerprint=getattr(ds, 'fingerprint', None),
         images=images, seconds=seconds, seed=seed, precision=precision,
         threads=torch.get_num_threads(), versions=versions(), hardware=hardware())
 
@@ -125,7 +138,7 @@ def make_folder(out)->Path:
 @same_threads()
 def train_run(
     recipe=None,           # see RECIPES; default flow_matching
-    data=None,             # name of a data set, or a folder; default painted
+    data=None,             # name of a data set, or a folder as ./FOLDER; default painted
     scale=None,            # smoke, demo or full; default T2I_SCALE, else demo
     seconds=None,          # wall time of training, fitting a skip included
     images=None,           # or images seen: the clock that makes a run repeatable; with both, whichever is used up first
@@ -137,6 +150,7 @@ def train_run(
     save_every=20.,        # seconds between checkpoints
     changes=None,          # entries of the recipe to replace in a new run
     codec=None,            # data of latents: the run of the codec that made them
+    size=None,             # side of a folder's pictures, which are cropped and resized; default 32
     shard=None,            # ddp or fsdp, under torchrun: how the processes share the work
     **outside,             # what comes from outside the network, see `fit_run`
 )->Path:                   # the run folder
@@ -145,7 +159,7 @@ def train_run(
     between(images, 1, 1e12, '--images', whole=True)
     between(seed, 0, 2**62, '--seed', whole=True)
     given = dict(recipe=recipe, data=data, scale=scale, seconds=seconds, images=images, seed=seed, precision=precision,
-                 changes=changes, codec=codec)
+                 changes=changes, codec=codec, size=size)
     out,ranks = Path(out or default_run(recipe, data, seed)),sharers(shard)
     if ranks.rank: # process 0 has written the config, or has stopped with a sentence
         ranks.wait()
@@ -159,7 +173,7 @@ def train_run(
 
 def default_run(recipe, data, seed)->str:
     "runs/RECIPE-DATA-SEED, without what a file name cannot hold"
-    name = Path(data or 'painted').resolve().name if is_place(data or '') or data in ('.','..') else data or 'painted'
+    name = Path(place(data or 'painted')).name
     name = ''.join('_' if c in '<>:"|?*' else c for c in str(name))
     return f"runs/{recipe or 'flow_matching'}-{name}-{seed or 0}"
 
@@ -215,14 +229,14 @@ def same_run(
 def moved_data(out:Path, config:dict, data, refuse)->str:
     "The new place of a folder, where it holds the same pictures; None when it has not moved"
     old = config['data']
-    if data is None or str(data)==old or is_place(old) and Path(data).resolve()==Path(old): return None
-    if not is_place(old) or not Path(data).is_dir(): refuse('data', f'--data {old}')
+    if data is None or place(data)==old: return None
+    if not is_path(old) or not is_path(data): refuse('data', f'--data {old}')
     if not config.get('fingerprint'):
         raise CourseError(f'{out} does not say which pictures it was started with, because an earlier version made it: put the folder back to {old}')
-    if getattr(open_data(data, codec_place(out, config)), 'fingerprint', None)!=config['fingerprint']:
+    if open_data(data, codec_place(out, config), config.get('size')).fingerprint!=config['fingerprint']:
         raise CourseError(f'{out} was started with other pictures or captions than those in {data}: name the folder that holds them, '
                           'or train into another folder')
-    return str(Path(data).resolve())
+    return place(data)
 
 def moved_codec(out:Path, config:dict, codec, refuse)->str:
     "The new place of the codec's run, where it holds the same codec; None when it has not moved"
@@ -234,7 +248,7 @@ def moved_codec(out:Path, config:dict, codec, refuse)->str:
 
 def missing_folder(out:Path, config:dict)->CourseError:
     "A sentence, when the pictures of a run are not where they were; None when they are"
-    if not is_place(config['data']) or Path(config['data']).is_dir(): return None
+    if not is_path(config['data']) or Path(config['data']).exists(): return None
     return CourseError(f"the pictures of {out} were in {config['data']}, which is not there: if the folder was moved, write down its new "
                        f'place with: t2i train --resume --out {out} --data FOLDER')
 
@@ -242,8 +256,8 @@ def run_data(out:Path, config:dict):
     "The pictures of a run, and are they still the same?"
     lost = missing_folder(out, config)
     if lost: raise lost
-    ds = open_data(config['data'], codec_run(out, config))
-    return ds,config.get('fingerprint') in (None, getattr(ds, 'fingerprint', None))
+    ds = open_data(config['data'], codec_run(out, config), config.get('size'))
+    return ds,config.get('fingerprint') in (None, ds.fingerprint)
 
 def sharers(
     shard=None, # ddp, fsdp or None
@@ -390,7 +404,7 @@ class Model:
     ):
         self.run,self.config = Path(run),read_config(run)
         if data:
-            if not is_place(self.config['data']): raise CourseError(f"{run} was trained on {self.config['data']}: leave --data out")
+            if not is_path(self.config['data']): raise CourseError(f"{run} was trained on {self.config['data']}: leave --data out")
             self.config['data'] = str(Path(data).resolve())
         path = self.run/'model.safetensors'
         if not path.exists():
@@ -891,7 +905,7 @@ def cmd_train(a):
     known = a.resume and a.out and (Path(a.out)/'config.json').exists() # the run knows its recipe
     if not (a.recipe or known): raise CourseError(f"say which recipe to train: {', '.join(RECIPES)}")
     out = train_run(a.recipe, a.data, a.scale, a.seconds, a.images, a.seed, a.out, a.resume, a.precision,
-                    a.quiet, a.save_every, codec=a.codec, shard=a.shard, checkpointing=a.checkpointing, compiled=a.compile,
+                    a.quiet, a.save_every, codec=a.codec, size=a.size, shard=a.shard, checkpointing=a.checkpointing, compiled=a.compile,
                     accumulate=between(a.accumulate, 1, 4096, '--accumulate', whole=True))
     if not int(os.environ.get('RANK', 0)): print(f'{out}: trained. Draw with: t2i sample {out} --prompt "..." --out picture.png')
 
@@ -924,7 +938,8 @@ def cmd_data(a):
     between(a.n, 1, 10_000_000, '--n', whole=True)
     between(a.seed, 0, 2**62, '--seed', whole=True)
     if Path(a.out).suffix.lower()!='.npz': raise CourseError(f"--out must end in .npz; got '{a.out}'")
-    ds = load(a.name)
+    ds = load(a.name, a.size)
+    say_size(ds)
     if a.split not in ds.splits:
         raise CourseError(f"{a.name} has the splits {', '.join(ds.splits)}; got '{a.split}'")
     make_folder(Path(a.out).parent)
@@ -947,12 +962,15 @@ def cmd_prepare(a):
     codec = Model(a.codec).den if a.codec else None
     if codec is not None and not hasattr(codec, 'codec'):
         raise CourseError(f'{a.codec} is a run without a codec: train one with t2i train vae')
+    ds = open_data(a.data, size=a.size)
+    say_size(ds)
     make_folder(a.out)
     with one_writer(a.out), tqdm(total=a.images, unit='img', disable=a.quiet, file=sys.stderr) as bar:
-        prepare(open_data(a.data), a.out, a.images, codec and codec.codec, shard_size=a.shard_size, split=a.split, seed=a.seed,
+        prepare(ds, a.out, a.images, codec and codec.codec, shard_size=a.shard_size, split=a.split, seed=a.seed,
                 store=a.store, progress=lambda n: bar.update(n-bar.n))
+    there = a.out if is_path(a.out) else f'./{a.out}'
     print(f'{a.out}: {a.images:,} images in shards. '+
-          f'Train on them with: t2i train RECIPE --data {a.out}'+(f' --codec {a.codec}' if a.codec else ''))
+          f'Train on them with: t2i train RECIPE --data {there}'+(f' --codec {a.codec}' if a.codec else ''))
 
 def first_seeds(n)->tuple:
     "0, 1, ... n-1"
@@ -976,7 +994,7 @@ def add_train(command):
     a = command('train', 'train a recipe into a run folder', cmd_train)
     a('recipe', nargs='?', help=', '.join(RECIPES))
     a('--list', action='store_true', help='the recipes')
-    a('--data', help=f'{DATA} of captioned images (default painted); with --resume: the new place of a folder that was moved')
+    a('--data', help=f'{DATA}, of captioned images (default painted); with --resume: the new place of a folder that was moved')
     a('--scale', choices=['smoke','demo','full'],
       help='size of the model and default length (default: T2I_SCALE, else demo)')
     a('--seconds', type=float, metavar='N', help='wall time of training')
@@ -988,6 +1006,7 @@ def add_train(command):
     a('--out', metavar='RUN', help='run folder (default runs/RECIPE-DATA-SEED)')
     a('--save-every', type=float, default=20., metavar='N', help='seconds between checkpoints (default 20)')
     a('--quiet', action='store_true', help='no progress bar')
+    a('--size', type=int, metavar='N', help=SIZE)
     a('--codec', metavar='RUN', help='with --data of latents: the vae run that t2i prepare was given')
     a('--shard', choices=['ddp','fsdp'], help='under torchrun: a copy of the model in each process, or a shard of it')
     a('--accumulate', type=int, default=1, metavar='N', help='micro-batches a step (default 1)')
@@ -1028,10 +1047,12 @@ def add_rest(command):
     a('--split', default='train', help='train, test, or painted: heldout (default train)')
     a('--n', type=int, default=1000, metavar='N', help='pictures (default 1000)')
     a('--seed', type=int, default=0, metavar='N', help='of every random number (default 0)')
+    a('--size', type=int, metavar='N', help=SIZE)
     a('--out', required=True, metavar='FILE', help='file.npz')
     a = command('prepare', 'write captioned pictures, or their latents, to shards that training reads by index', cmd_prepare)
     a('data', help=DATA)
     a('--images', type=int, required=True, metavar='N', help='how many')
+    a('--size', type=int, metavar='N', help=SIZE)
     a('--out', required=True, metavar='FOLDER', help='of the shards; prepare again to go on after an interruption')
     a('--split', default='train', help='train, test, or painted: heldout (default train)')
     a('--shard-size', type=int, default=4096, metavar='N', help='images a shard (default 4096)')

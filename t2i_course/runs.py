@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from t2i_course.core.data import CourseError, not_written
+from t2i_course.core.data import CourseError, is_path, not_written
 from t2i_course.core.training import ALONE
 try: import fcntl
 except ImportError: fcntl = None # Windows, which has msvcrt in its place
@@ -122,16 +122,11 @@ def read_config(
     if missing: raise CourseError(f"{path} lacks {', '.join(missing)}. Train again into another folder.")
     return config
 
-def is_place(
-    data, # as in a config
-)->bool:  # a folder, not the name of a data set?
-    return any(c in str(data) for c in '/\\')
-
 def config_hash(
     config:dict, # settings of a run
 )->str:          # 16 hex digits
     "Ties checkpoints and models to the settings they were made with; where folders lie does not matter, they may be moved"
-    config = {k:v for k,v in config.items() if k!='codec' and not (k=='data' and is_place(v))}
+    config = {k:v for k,v in config.items() if k!='codec' and not (k=='data' and is_path(v))}
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 def belongs(

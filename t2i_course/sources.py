@@ -3,22 +3,20 @@ import hashlib
 import http.client
 import json
 import os
+import posixpath
 import shutil
 import socket
-import sys
+import tarfile
 import tempfile
-import unicodedata
+from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from t2i_course.core.data import (NUMBERS, Batch, CourseError, Labelled, check_split, in_epochs, n_tokens,
-                                  split_words)
-
-
-def say(text): print(text, file=sys.stderr)
+from t2i_course.core.data import NUMBERS, Batch, CourseError, Labelled, check_split, in_epochs, split_words
+from t2i_course.folders import composed, piles, raw, readable, say, say_once as say_once, shown
 
 
 # --- torchvision under T2I_DATA ---
@@ -122,83 +120,96 @@ class Vision(Labelled):
 
 # --- a folder of captioned images ---
 
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
+TESTS = {'test', 'val', 'valid', 'validation'} # folders beside train
 
 
-def _records(path, bad):
-    "(file, caption or None) for each image of the folder; metadata.jsonl goes before .txt files"
-    captions, meta = {}, path/'metadata.jsonl'
-    if meta.is_file():
-        for n, line in enumerate(meta.read_bytes().splitlines(), 1):
-            if not line.strip(): continue
-            try:
-                r = json.loads(line.decode('utf-8-sig'))
-                file = path/r['file_name']
-                if not isinstance(r['text'], str): raise TypeError
-            except (ValueError, KeyError, TypeError): bad.append(f'metadata.jsonl line {n}')
-            else:
-                if file.is_file(): captions[file] = r['text']
-                else: bad.append(f"{r['file_name']} (listed, not there)")
-    for file in sorted({f for f in path.rglob('*') if f.suffix.lower() in SUFFIXES and f.is_file()}|set(captions)):
-        text = captions.get(file)
-        if text is None and file.with_suffix('.txt').is_file():
-            try: text = file.with_suffix('.txt').read_text('utf-8-sig')
-            except (ValueError, OSError):
-                bad.append(f'{file.with_suffix(".txt").name} (not UTF-8)')
-                continue
-        yield file, ' '.join((text or '').split()) or None
+def eight_bit(im, white=None):
+    """Gray of more than 8 bits. White is 65535 where the file says 16 bits; else 1 (floats), 255 or 65535, whichever is
+    the first that no value exceeds"""
+    v = np.asarray(im).astype(np.float64)
+    white = white or next((w for w in ((1, 255, 65535) if im.mode=='F' else (255, 65535)) if v.max()<=w), None)
+    if white is None or not v.min()>=0: raise CourseError('values outside 0..65535')
+    from PIL import Image
+    return Image.fromarray(np.rint(v*255/white).astype(np.uint8))
 
 
-def _picture(file, size): # (3 size size) uint8
-    "Turned as its camera says, on white where transparent, centre-cropped and resized"
+def picture(file, size): # (3 size size) uint8
+    "Turned as its camera says, on white where transparent, cropped to its central square and resized; the first of several"
     from PIL import Image, ImageOps
-    with Image.open(file) as im:
-        im = ImageOps.exif_transpose(im).convert('RGBA')
+    with open(file, 'rb') as f, Image.open(f) as im:
+        deep = im.mode.startswith('I;16') or im.mode=='I' and im.format in ('PNG', 'PPM')
+        im = ImageOps.exif_transpose(im)
+        if deep or im.mode in ('I', 'F'): im = eight_bit(im, 65535 if deep else None)
+        im = im.convert('RGBA')
     im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
     return torch.from_numpy(np.array(ImageOps.fit(im, (size, size), Image.Resampling.LANCZOS))).permute(2, 0, 1)
 
 
 class Folder:
-    "Any folder of images with captions: NAME.txt beside NAME.png, or metadata.jsonl with file_name and text"
+    "Any folder or tar file of images with captions: NAME.txt beside NAME.png, or metadata with file_name and text"
     attributes = {}
 
     def __init__(self, path, size=32):
         self.path = Path(path).expanduser().resolve()
-        if not self.path.is_dir():
-            raise CourseError(f'{path} is not a folder: give a folder of images with captions')
-        bad, bare, kept = [], [], []
-        for file, caption in _records(self.path, bad):
-            if not caption: bare.append(file.name)
-            else:
-                try: kept.append((os.path.relpath(file, self.path).replace(os.sep, '/'), _picture(file, size), caption))
-                except Exception: bad.append(file.name) # a damaged image may raise anything
-        for what, names in (('could not be read', bad), ('without a caption', bare)):
-            more = ', ...' if len(names)>5 else ''
-            if names: say(f"{self.path.name}: skipped {len(names)} {what}: {', '.join(names[:5])}{more}")
+        if not self.path.is_dir() and not (self.path.is_file() and tarfile.is_tarfile(self.path)):
+            raise CourseError(f'{shown(str(path))} is not a folder: give a folder of images with captions, or a .tar of them')
+        try: str(self.path).encode()
+        except ValueError as e: raise CourseError(f'the path {shown(str(self.path))} is not UTF-8: rename it') from e
+        self.name, self.shape, self.splits = self.path.name, (3, size, size), ('train', 'test')
+        kept, notes, left = [], [], defaultdict(list)
+        for pile in piles(self.path):
+            for name, captions in pile.captioned():
+                try: kept.append((pile.prefix+name, picture(pile.at(name), size), captions))
+                except Exception as e: # a damaged image may raise anything
+                    ending = posixpath.splitext(name)[1].lower()
+                    why = e if isinstance(e, CourseError) else f'Pillow does not read {ending}' if ending not in readable() else ''
+                    pile.leave('could not be read', shown(name)+(f' ({why})' if why else ''))
+            notes += pile.notes
+            for why, names in pile.left.items(): left[why] += names
+        for text in notes: say(f'{self.name}: {text}')
+        for why, names in left.items():
+            say(f"{self.name}: skipped {len(names)} {why}: {', '.join(names[:5])}{', ...' if len(names)>5 else ''}")
         if len(kept)<2:
-            raise CourseError(f'{path} has {len(kept) or "no"} usable captioned image{"s"*(len(kept)!=1)}, '
-                              'and at least 2 are needed: put NAME.txt with the caption beside each NAME.png or '
-                              'NAME.jpg, or write metadata.jsonl with "file_name" and "text"')
-        names = [unicodedata.normalize('NFC', name) for name, *_ in kept]
-        ranks = [int(hashlib.sha256(name.encode()).hexdigest()[:15], 16) for name in names]
-        # about every tenth, whatever else is in the folder
-        test = {i for i, r in enumerate(ranks) if r%10==0} or {ranks.index(min(ranks))}
+            raise CourseError(f'{path} has {len(kept) or "no"} usable captioned image{"s"*(len(kept)!=1)}, and at least 2 '
+                              f'are needed{"".join(f"; {n}" for n in notes)}: put NAME.txt with the caption beside each '
+                              'NAME.png or NAME.jpg, or write metadata.jsonl with "file_name" and "text"')
+        self.take(kept)
+
+    def take(self, kept):
+        "Divide (name, picture, captions) into splits, for good: by the folders train and test, else by a hash of the name"
+        names = [composed(name) for name, *_ in kept]
+        ranks = [int(hashlib.sha256(raw(name)).hexdigest()[:15], 16) for name in names]
+        tops = [name.lower().split('/')[0] for name in names]
+        test = {i for i, t in enumerate(tops) if t in TESTS} if 'train' in tops else set()
+        # else about every tenth, whatever else is in the folder
+        test = test or {i for i, r in enumerate(ranks) if r%10==0} or {ranks.index(min(ranks))}
         if len(test)==len(kept): test.discard(ranks.index(max(ranks)))
         part = {'train': [k for i, k in enumerate(kept) if i not in test],
                 'test': [k for i, k in enumerate(kept) if i in test]}
         self.x = {s: torch.stack([x for _, x, _ in p]) for s, p in part.items()}
-        self.texts = {s: [c for *_, c in p] for s, p in part.items()}
-        self.name, self.shape, self.splits = self.path.name, (3, size, size), ('train', 'test')
-        self.words = tuple(sorted({w for c in self.texts['train'] for w in split_words(c)}))
-        self.size = min(64, max(map(n_tokens, self.texts['train'])))
-        n, m = map(len, part.values())
-        self.source = f'folder {self.path.name}, {n:,} training images, {m:,} for testing'
+        self.texts = {s: [c for *_, cs in p for c in cs] for s, p in part.items()}
+        self.which = {s: torch.tensor([k for k, (*_, cs) in enumerate(p) for _ in cs]) for s, p in part.items()} # of x
+        words = {s: list(map(split_words, texts)) for s, texts in self.texts.items()}
+        self.words = tuple(sorted({w for ws in words['train'] for w in ws}))
+        self.size = min(64, 1+max(map(len, words['train']))) # and a token for the start
+        long = sum(len(ws)>63 for s in words for ws in words[s])
+        if long: say(f"{self.name}: {long} caption{'s are' if long>1 else ' is'} longer than 63 words and read up to there")
+        n, m, pairs = len(self.x['train']), len(self.x['test']), sum(map(len, self.texts.values()))
+        more = f', {pairs:,} captions' if pairs>n+m else ''
+        self.source = f'folder {self.name}, {n:,} training images, {m:,} for testing{more}'
+        self.crop = (f'{self.name}: {n+m:,} pictures, the central square of each resized to {self.shape[1]} x {self.shape[2]}; '
+                     '--size changes it')
+        h = hashlib.sha256()
+        for name, (_, x, texts) in sorted(zip(names, kept), key=lambda k: k[0]):
+            h.update(json.dumps([name, texts]).encode()+x.contiguous().numpy().tobytes())
+        self.fingerprint = h.hexdigest()
 
     def batch(self, split, draws):
-        "Captioned images; every picture once an epoch"
+        "Captioned images; every pair of picture and caption once an epoch"
         check_split(self, split)
         i = in_epochs(len(self.texts[split]), draws)
-        return Batch(self.x[split][i]/127.5-1, [self.texts[split][k] for k in i.tolist()], {}, {})
+        x = self.x[split][self.which[split][i]]
+        return Batch(x/127.5-1, [self.texts[split][k] for k in i.tolist()], {}, {})
 
     def captions(self, attrs, named):
         raise CourseError(f'the captions of {self.name} are in its files; they cannot be made from attributes')

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from ..core.conditioning import Cond, raw_cond
-from ..core.data import Batch, CourseError, Draws, check_split, load, not_written
+from ..core.data import Batch, CourseError, Draws, check_split, is_path, load, not_written
 from ..core.metrics import fingerprint
 from .fsdp import shard_bytes, units
 
@@ -480,6 +480,8 @@ class Shards:
         self.about,self.notes = index['about'],{s['url']:s for s in index['shardlist']}
         self.lengths = tuple(s['nsamples'] for s in index['shardlist'])
         self.seen,self.made_by = set(),self.about['codec']
+        told = {k:v for k,v in self.about.items() if k!='origin'} # wherever it was, and wherever this folder lies
+        self.fingerprint = hashlib.sha256(json.dumps([told, [s['sha256'] for s in index['shardlist']]], sort_keys=True).encode()).hexdigest()
         if self.made_by and (codec is None or fingerprint(codec.encoder)!=self.made_by):
             raise CourseError(f'the latents in {folder} were made by {"another" if codec else "a"} codec: open them with the codec that '
                               f"made them (its encoder's fingerprint is {self.made_by}), or prepare them again with yours")
@@ -552,7 +554,8 @@ class Shards:
 
     def origin(self):
         "The data set that was prepared"
-        return load(self.about['origin'])
+        origin = self.about['origin']
+        return load(origin, self.about['shape'][-1] if is_path(origin) else None)
     def demands(self, caption:str)->dict: # what a caption demands of a picture
         return self.origin().demands(caption)
 
@@ -565,7 +568,7 @@ def command(
     shard:str='ddp',    # ddp or fsdp
     precision:str='bf16',
     host:str='$HOST',   # name of the first machine, for more than one
-    **options,          # of `t2i train`: data='shards', out='run', images=..., checkpointing=True
+    **options,          # of `t2i train`: data='./shards', out='run', images=..., checkpointing=True
 )->str:                 # a shell command
     "torchrun on 1, 8 or N x 8 GPUs: the same line, because the run does not depend on how many share it"
     where = f'--nproc-per-node {gpus}'
