@@ -15,7 +15,7 @@ from ..core.conditioning import Block, WordTokenizer
 from ..core.data import Draws, load
 from ..core.ema import train_arm
 from ..core.metrics import at_most, evaluate, judge_for, reference
-from ..core.training import bf16_pays
+from ..core.training import bf16_pays, everyone
 from .vae import Decoder, Encoder
 from .vqvae import VQModel, VQVAE, VectorQuantizer, dead, perplexity
 
@@ -88,9 +88,15 @@ class DVAE(nn.Module):
         weights:Tensor, # (b k h w) of the codes
     )->Tensor:          # (b d h w)
         return torch.einsum('bkhw,kd->bdhw', weights, self.codebook.to(weights.dtype))
-    def forward(self, x:Tensor)->tuple: # (b c h w) -> reconstruction from hard codes, codes
+    def forward(self,
+        x:Tensor,         # (b c h w) pictures
+        draws:Draws=None, # of a training step: Gumbel noise; their index says how many images were seen
+    )->tuple:             # reconstruction from hard codes, codes; in training from soft ones, logits
+        if draws is not None: return self.soft(x, draws, self.tau(draws))
         ids = self.codes(x)
         return self.decode_codes(ids),ids
+    def tau(self, draws:Draws)->float: # temperature of a step, the same on all processes
+        return annealed(int(everyone(draws)[0].index.min()), self.anneal, last=self.last)
     def noise(self,
         draws:Draws, # of b pictures
         grid,        # rows and columns of codes
@@ -103,13 +109,18 @@ class DVAE(nn.Module):
     )->tuple:        # (b c h w) reconstruction from a soft choice, (b k h w) logits
         logits = self.encoder(x).float()
         return self.decoder(self.mix(relaxed(logits, self.noise(draws, logits.shape[2:]), tau))),logits
+    def cost(self,
+        x:Tensor,      # (b c h w) pictures
+        y:Tensor,      # (b c h w) reconstruction
+        logits:Tensor, # (b k h w)
+    )->Tensor:         # (b)
+        "Squared error a number of the picture and beta times the KL to uniform a place"
+        return (y-x).square().flatten(1).mean(1)+self.beta*kl_to_uniform(logits).flatten(1).mean(1)
     def loss(self,
         x:Tensor,    # (b c h w) pictures
-        draws:Draws, # Gumbel noise; their index says how many images were seen
+        draws:Draws, # of a training step
     )->Tensor:       # (b)
-        "Squared error a number of the picture and beta times the KL to uniform a place"
-        y,logits = self.soft(x, draws, annealed(int(draws.index.min()), self.anneal, last=self.last))
-        return (y-x).square().flatten(1).mean(1)+self.beta*kl_to_uniform(logits).flatten(1).mean(1)
+        return self.cost(x, *self(x, draws))
 
 # %% ../../nbs/03_codec/27_dvae.ipynb #e3e08910
 # ---- the recipe ----

@@ -18,7 +18,7 @@ from ..core.conditioning import WordTokenizer, drawn_from
 from ..core.data import Draws, load
 from ..core.ema import settle, train_arm
 from ..core.metrics import at_most, evaluate, judge_for, reference
-from ..core.training import Turn, bf16_pays, pick_device
+from ..core.training import Turn, bf16_pays, everyone, pick_device
 
 # %% ../../nbs/03_codec/25_vqvae.ipynb #cdb4eb90
 # ---- the nearest code ----
@@ -137,12 +137,14 @@ class VectorQuantizer(Codebook):
         "Nearest codes, straight-through gradients, and what quantising costs"
         (b,d,h,w),learning = z.shape,self.training and draws is not None
         flat = z.detach().permute(0,2,3,1).reshape(-1, d).float()
-        if learning: self.revive(flat, draws)
+        if learning: # from all vectors of the step, also those that other processes have
+            whole,seen = everyone(draws, flat.view(b, h*w, d))
+            self.revive(seen.flatten(0, 1), whole)
         ids = nearest_code(flat, self.codebook.detach())
         e = self.embed(ids.view(b, h, w))
         loss = self.beta*(z-e.detach()).square().flatten(1).mean(1)
         if self.ema is None: loss = loss+(z.detach()-e).square().flatten(1).mean(1)
-        if learning: self.follow(flat, ids)
+        if learning: self.follow(seen.flatten(0, 1), everyone(draws, ids.view(b, h*w))[1].flatten())
         return Quantized(z+(e-z).detach(), ids.view(b, h, w), loss)
 
 # %% ../../nbs/03_codec/25_vqvae.ipynb #ca16a5c9
@@ -184,13 +186,18 @@ class VQVAE(nn.Module):
     )->tuple:             # (b c h w) reconstruction, Quantized
         q = self.quantizer(self.encoder(x), draws)
         return self.decoder(q.z_q),q
+    def cost(self,
+        x:Tensor, # (b c h w) pictures
+        y:Tensor, # (b c h w) reconstruction
+        q,        # Quantized
+    )->Tensor:    # (b)
+        "Squared error of the reconstruction, and what quantising costs"
+        return (y-x).square().flatten(1).mean(1)+q.loss
     def loss(self,
         x:Tensor,         # (b c h w) pictures
         draws:Draws=None, # of a training step
     )->Tensor:            # (b)
-        "Squared error of the reconstruction, and what quantising costs"
-        y,q = self(x, draws)
-        return (y-x).square().flatten(1).mean(1)+q.loss
+        return self.cost(x, *self(x, draws))
 
 # %% ../../nbs/03_codec/25_vqvae.ipynb #5603c8af
 class TwoStage:
@@ -245,8 +252,9 @@ class Blocked(VectorQuantizer):
 class VQModel(CodecModel):
     "A discrete codec as a recipe; what it draws are reconstructions"
     def __init__(self,
-        codec, # a discrete codec, forward(x) -> reconstruction, what the quantiser says
-    ): super().__init__(codec, codec, lambda x0,cond,draws: codec.loss(x0, draws))
+        codec, # a discrete codec: forward(x, draws) -> reconstruction, what the quantiser says; cost of both
+    ): super().__init__(codec, codec, self.train_loss)
+    def train_loss(self, x0, cond, draws): return self.codec.cost(x0, *self.net(x0, draws)) # net: with many processes a wrapped one
     def reconstruct(self, x): return self.codec(x)[0]
 
 SIZES = dict( # one row a scale

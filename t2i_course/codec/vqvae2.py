@@ -102,13 +102,19 @@ class VQVAE2(nn.Module):
         if self.hide and draws is not None: fine = fine*(draws.uniform('hide')>=self.hide)[:,None,None,None]
         return self.paint(q.top.z_q, fine),q
 
+    def cost(self,
+        x:Tensor, # (b c h w) pictures
+        y:Tensor, # (b c h w) reconstruction
+        q:Levels, # of Quantized
+    )->Tensor:    # (b)
+        "Reconstruction, and a commitment on each level"
+        return (y-x).square().flatten(1).mean(1)+q.top.loss+q.bottom.loss
+
     def loss(self,
         x:Tensor,         # (b c h w) pictures
         draws:Draws=None, # of a training step
     )->Tensor:            # (b)
-        "Reconstruction, and a commitment on each level"
-        y,q = self(x, draws)
-        return (y-x).square().flatten(1).mean(1)+q.top.loss+q.bottom.loss
+        return self.cost(x, *self(x, draws))
 
 # %% ../../nbs/03_codec/26_vqvae2.ipynb #67783314
 # ---- the recipe ----
@@ -131,9 +137,10 @@ def recipe_for(
 class CodesModel(CodecModel):
     "A codec of codes as a recipe: what it repeats goes through whole numbers"
     def __init__(self,
-        codec, # codes(x), decode_codes(codes), loss(x, draws)
+        codec, # codes(x), decode_codes(codes), forward(x, draws), cost
     ):
-        super().__init__(codec, codec, lambda x0,cond,draws: codec.loss(x0, draws))
+        super().__init__(codec, codec, self.train_loss)
+    def train_loss(self, x0, cond, draws): return self.codec.cost(x0, *self.net(x0, draws)) # as in VQModel
     def reconstruct(self, x): return self.codec.decode_codes(self.codec.codes(x)) # (b c h w) -> (b c h w)
 
 # %% ../../nbs/03_codec/26_vqvae2.ipynb #7e838367
