@@ -5,6 +5,7 @@
 import hashlib
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -12,19 +13,18 @@ from pathlib import Path
 import torch
 from t2i_course import cli
 from t2i_course.core.data import CourseError
-from t2i_course.core.training import ALONE
 from t2i_course.runs import Stopped
 from t2i_course.scale import fsdp
 
 
 def watched(found, stop=None):
-    "cli.follow, noting losses and the weights at the end; saves each step and ends after `stop` steps"
+    "cli.follow, noting losses and the weights at the end; after `stop` steps the process gets a SIGTERM"
     real = cli.follow
-    def follow(state, records, run, config, extra=None, every=20., ranks=ALONE, *more):
-        for i, record in enumerate(real(state, records, run, config, extra, 0. if stop else 1e9, ranks, *more), 1):
-            if stop and i > stop: raise Stopped("enough")
+    def follow(state, records, run, config, extra=None, every=20., *more):
+        for i, record in enumerate(real(state, records, run, config, extra, 1e9, *more), 1):
             found["losses"].append(record.loss)
             found["norms"].append(record.grad_norm)
+            if i == stop: os.kill(os.getpid(), signal.SIGTERM)
             yield record
         own = {k: fsdp.whole(v).detach().cpu() for k, v in state.net.state_dict().items()}
         found["weights"] = own
@@ -33,14 +33,14 @@ def watched(found, stop=None):
     return follow
 
 
-def trial(recipe, out, data="digits", images=None, batches=4, stop=None, resume=False, **how):
-    "One run of the command; `batches` full ones and a last one of a single picture, if images is not said"
+def trial(recipe, out, data="digits", batches=4, extra=1, stop=None, resume=False, precision="fp32", **how):
+    "One run of the command: full batches, and a last one of `extra` pictures"
     found, real = dict(recipe=recipe, losses=[], norms=[]), cli.follow
     config = cli.settings(recipe, data, "smoke", None, 1, 0, "fp32")
     cli.follow = watched(found, stop)
     try:
-        cli.train_run(recipe, data, scale="smoke", images=images or batches * config["batch"] + 1, out=out, resume=resume,
-                      precision="fp32", quiet=True, **how)
+        cli.train_run(recipe, data, scale="smoke", images=batches * config["batch"] + extra, out=out, resume=resume,
+                      precision=precision, quiet=True, **how)
     except Stopped: found["stopped"] = True
     except CourseError as e: found["refused"] = str(e)
     except Exception: found["crashed"] = traceback.format_exc()
