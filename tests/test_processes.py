@@ -134,13 +134,13 @@ def test_times_reach_the_network_as_they_are(recipe, group, monkeypatch):
 def test_blocks_compute_in_few_bits(group):
     tok, den = import_module(cli.RECIPES["dit"]).build(cli.settings("dit", "digits", "smoke", None, 64, 0, "bf16"))
     fsdp.parallelize(den.net, "fsdp", "bf16")
+    assert all(p.dtype == torch.float32 for p in den.net.parameters()) # the shards
     seen, block = [], den.net.net.blocks[0]
     block.register_forward_pre_hook(lambda m, args: seen.append(args[0].dtype))
     block.attn.qkv.register_forward_pre_hook(lambda m, args: seen.append(m.weight.dtype)) # gathered just now
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         den.net(torch.zeros(2, den.net.net.in_channels, 16, 16), torch.rand(2), tok(["", ""]))
     assert seen == [torch.bfloat16, torch.bfloat16]
-    assert all(p.dtype == torch.float32 for p in den.net.parameters()) # the shards
 
 
 def test_the_average_of_a_network_with_plain_and_sharded_tensors(group):

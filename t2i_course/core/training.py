@@ -140,6 +140,7 @@ class Alone:
 
 ALONE = Alone()
 
+# %% ../../nbs/01_core/12_training.ipynb #7c1e90da
 def everyone(
     draws:Draws,  # random numbers of the images that this process has
     *rows:Tensor, # (b ...) something of each of these images
