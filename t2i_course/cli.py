@@ -58,11 +58,10 @@ def open_data(
     codec=None,# for shards of latents: the run of the codec that made them
 ):
     "Any data of the course; shards read like pictures"
-    if Path(name).is_dir():
-        from t2i_course.scale.recipes import Shards, is_shards
-        if is_shards(name): return Shards(name, codec and Model(codec).den.codec)
-    if codec: raise CourseError(f'--codec is for shards of latents; {name} is not a folder made by t2i prepare')
-    return load(name)
+    if not codec: return load(name)
+    from t2i_course.scale.recipes import Shards, is_shards
+    if not is_shards(name): raise CourseError(f'--codec is for shards of latents; {name} is not a folder made by t2i prepare')
+    return Shards(name, Model(codec).den.codec)
 
 def installed()->str:
     "The version of the installed package, or 'source'"
@@ -362,7 +361,7 @@ def eval_run(
     m = Model(run)
     c,t = m.config,json.loads((m.run/'train.json').read_text())
     data = open_data(c['data'], c.get('codec'))
-    row = evaluate(m.draw, data if m.codec is None else data.origin(), n=n, seed=seed)|dict(
+    row = evaluate(m.draw, data.whole() if hasattr(data, 'whole') else data, n=n, seed=seed)|dict(
         recipe=c['recipe'], params=t['params'], params_trained=t.get('params_trained', t['params']),
         images=t['images'], train_seconds=t['seconds'], steps=t['steps'], train_seed=c['seed'],
         nfe=m.den.calls(c), **{k:c[KEYS.get(k, k)] for k in m.den.options if k!='steps'},

@@ -204,3 +204,9 @@ class Folder:
         raise CourseError(f'the captions of {self.name} are in its files; they cannot be made from attributes')
 
     def demands(self, caption): return {}
+
+
+def on_disk(path):
+    "What a folder holds: captioned images, or shards made by t2i prepare"
+    from t2i_course.scale.recipes import Shards, is_shards # a chapter: only when asked for
+    return Shards(path) if is_shards(path) else Folder(path)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.conditioning import Cond, PAD, WordTokenizer, drawn_from
-from ..core.data import Draws, HELD_OUT, Painted, load
+from ..core.data import Draws, HELD_OUT, Painted, load, origin
 from ..core.ema import settle, train_arm
 from ..core.metrics import evaluate, judge_for, reference
 from ..core.training import bf16_pays
@@ -211,7 +211,7 @@ class CM3Leon(TwoStage):
     ):
         super().__init__(codec, nn.ModuleDict(dict(net=net, memory=memory)), share, lr)
         self.null,self.data,self.tok,self.tasks,self.p_drop = null,data,tok,tasks,p_drop
-        self.repaint = Recoloured() if isinstance(data, Painted) else None
+        self.repaint = Recoloured() if isinstance(origin(data), Painted) else None
         self.loss[1] = self.loss[1]._replace(begin=self.begin)
     @property
     def model(self)->DocumentModel: return self.prior['net']
@@ -251,6 +251,7 @@ class CM3Leon(TwoStage):
             goal[reads] = F.pad(cond.ids[reads], (0, goal.shape[1]-lay.n_text), value=PAD)
         if len(paints): # the plain picture is the source, its repainted twin the answer
             part = Draws(draws.seed, draws.index[paints].cpu())
+            if hasattr(self.data, 'drawn'): part = self.data.drawn(part) # from shards pictures come in another order
             twin = self.repaint.batch('train', part)
             inks = [self.data.attributes['ink'][i] for i in twin.attrs['ink'].tolist()]
             text[paints] = self.tok([instruction(i) for i in inks]).ids.to(text.device)

@@ -20,7 +20,7 @@ from safetensors.torch import load as from_bytes, save as to_bytes
 from torch import nn, Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..core.conditioning import WordTokenizer
-from ..core.data import Batch, CourseError, Draws, check_split, in_epochs, load
+from ..core.data import Batch, CourseError, Draws, check_split, in_epochs, load, origin
 from ..core.ema import train_arm
 from ..core.metrics import (SEED, at_most, distinct, evaluate, fingerprint, judge_for, load_judge, obedience, reference,
                                      train_judge)
@@ -291,7 +291,7 @@ class CodecModel:
         config:dict, # names the data
     )->object:       # draw(captions, seed) -> (n c h w)
         "Reconstructions of unseen real pictures that show what the captions demand"
-        data,device = load(config['data']),next(self.codec.parameters()).device
+        data,device = origin(load(config['data'])),next(self.codec.parameters()).device
         @torch.no_grad()
         def draw(captions, seed=0):
             was = self.net.training
@@ -404,7 +404,7 @@ def build(
     config:dict, # as from `recipe_for`
 )->tuple:        # tokenizer, KLModel with fresh networks
     "The autoencoder of this chapter; the perceptual distance is that of the data's judge, where there is one"
-    judge = judge_for(load(config['data'])) if config['perceptual'] else None
+    judge = judge_for(origin(load(config['data']))) if config['perceptual'] else None
     disc = PatchDiscriminator(config['shape'][0], config['d_disc'])
     model = KLModel(make_codec(config), disc, Perceptual(judge) if judge else None, config['kl'], config['perceptual'],
                     config['adversarial'], config['since'], (config['lr'], config['lr_disc']))

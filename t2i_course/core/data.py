@@ -6,7 +6,7 @@
 __all__ = ['NUMBERS', 'INKS', 'PAPERS', 'WEIGHTS', 'LEANS', 'EDGE', 'STROKE', 'HELD_OUT', 'ATTRIBUTES', 'DATA', 'Batch', 'mix',
            'Draws', 'glyphs', 'glyph_split', 'enlarge', 'stroke_width', 'level', 'slant', 'warp', 'draw_masks', 'paint',
            'CourseError', 'split_words', 'n_tokens', 'check_split', 'an', 'Painted', 'PaintedTwo', 'in_epochs',
-           'Labelled', 'Digits', 'scale', 'dial', 'results_path', 'results', 'load']
+           'Labelled', 'Digits', 'scale', 'dial', 'results_path', 'results', 'load', 'origin']
 
 # %% ../../nbs/01_core/10_data.ipynb #10f37af7
 import json, math, os, re, unicodedata
@@ -512,13 +512,18 @@ def results(
 DATA = ('digits','painted','painted2','mnist','fashion','cifar10')
 
 def load(
-    name:str, # digits, painted, painted2, mnist, fashion, cifar10, or a folder of captioned images
+    name:str, # digits, painted, painted2, mnist, fashion, cifar10, or a folder: captioned images, or made by t2i prepare
 ):            # has name, shape, splits, attributes, words, size, source, batch(split, draws), captions, demands
     "Any data set of the course by its name"
     own = dict(digits=Digits, painted=Painted, painted2=PaintedTwo)
     if name in own: return own[name]()
-    from t2i_course.sources import Folder, Vision # files and downloads: only when asked for
+    from t2i_course.sources import Vision, on_disk # files and downloads: only when asked for
     if name in DATA: return Vision(name)
-    if Path(name).is_dir(): return Folder(name)
+    if Path(name).is_dir(): return on_disk(name)
     raise CourseError(f"there is no data set '{name}': choose {', '.join(DATA)}, "
                       "or give a folder of images with captions")
+
+def origin(
+    data, # as from `load`
+):        # the data set with the unseen pictures: that from which shards were prepared; all other data themselves
+    return data.origin() if hasattr(data, 'origin') else data
