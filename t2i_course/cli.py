@@ -88,7 +88,11 @@ def command()->str:
 # ---- train ----
 def settings(recipe, data, scale, seconds, images, seed, precision, changes=None, codec=None)->dict:
     "The config of a new run: everything needed to make the same model again"
-    mod,ds = module(recipe),open_data(data, codec)
+    mod = module(recipe)
+    if codec and getattr(mod, 'PICTURES', False):
+        raise CourseError(f'{recipe} learns from pictures and the shards in {data} hold latents: give it the data set itself, or take a '
+                          'recipe that draws latents, such as ddpm, dit or flow_matching')
+    ds = open_data(data, codec)
     if hasattr(mod, 'recipe_for'): config = mod.recipe_for(ds, scale, seconds)
     else: config = mod.recipe(ds.shape[0], ds.words, ds.size, scale)
     if images is None and seconds is None: images = IMAGES[scale]
