@@ -4,15 +4,15 @@ import os
 import subprocess
 import sys
 from importlib import import_module
+from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import processes
 import pytest
 import torch
 import torch.distributed as dist
 from t2i_course import cli
-from t2i_course.core.data import CourseError, Draws, load
+from t2i_course.core.data import CourseError, Draws
 from t2i_course.core.ema import EMA
 from t2i_course.core.training import everyone
 from t2i_course.scale import fsdp
@@ -32,15 +32,14 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp("processes")
 @pytest.fixture(scope="module")
 def two(folder):
     "(recipe, how, what) -> what each of two processes has left; all of it in one launch"
+    def one(recipe, how, name, **more): return dict(recipe=recipe, out=str(folder / f"{how}-{recipe}{name}"), shard=how, **more)
     todo = {}
-    for recipe in cli.RECIPES:
-        for how in HOWS:
-            def add(what, name, **more): todo[recipe, how, what] = dict(recipe=recipe, out=str(folder / name), shard=how, **more)
-            add("end", f"{how}-{recipe}")
-            if recipe not in SHARED: continue
-            add("stopped", f"{how}-{recipe}-cut", stop=3)
-            add("resumed", f"{how}-{recipe}-cut", resume=True)
-        if recipe in SHARED: add("bf16", f"bf16-{recipe}", precision="bf16", batches=1)
+    for recipe, how in product(cli.RECIPES, HOWS):
+        todo[recipe, how, "end"] = one(recipe, how, "")
+        if recipe not in SHARED: continue
+        todo[recipe, how, "stopped"] = one(recipe, how, "-cut", stop=3)
+        todo[recipe, how, "resumed"] = one(recipe, how, "-cut", resume=True)
+        if how == "fsdp": todo[recipe, how, "bf16"] = one(recipe, how, "-bf16", precision="bf16", batches=1)
     (folder / "trials.json").write_text(json.dumps(list(todo.values())))
     env = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
                             PYTHONPATH=os.pathsep.join([str(Path(fsdp.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))

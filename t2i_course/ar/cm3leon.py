@@ -218,6 +218,8 @@ class CM3Leon(TwoStage):
     def model(self)->DocumentModel: return self.prior['net']
     @property
     def memory(self)->Memory: return self.prior['memory']
+    def counted(self)->list: return [self.model]
+    def silent(self)->Cond: return self.null
     def begin(self, state):
         "The codec settles, and the memory is filled with its codes"
         settle('codec')(state)

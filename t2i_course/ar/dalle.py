@@ -428,6 +428,7 @@ class Prior(nn.Module):
     ):
         super().__init__()
         self.net,self.null,self.p_drop,self.text = net,null,p_drop,text
+    def counted(self)->list: return [self.net.decoder] # it runs once a code
     def nothing(self, cond:Cond)->Cond: # (b) times the empty caption
         return self.null.to(cond.ids.device)[torch.zeros(len(cond), dtype=torch.long)]
     def loss(self,

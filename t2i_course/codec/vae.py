@@ -283,6 +283,7 @@ class CodecModel:
     ):
         self.net,self.codec,self.artist,self.loss,self.parts = net,codec,codec,loss,parts
     def to(self, device): return self
+    def counted(self)->list: return [self.codec.decoder] # what runs once at every call of the network
     def calls(self, config:dict)->int: return 1 # network calls for one picture
     def reconstruct(self, x:Tensor)->Tensor: return self.codec(x) # (b c h w) -> (b c h w)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .vae import CodecModel, Decoder, Encoder
-from ..core.conditioning import WordTokenizer, drawn_from
+from ..core.conditioning import WordTokenizer, count_calls, drawn_from
 from ..core.data import Draws, load
 from ..core.ema import settle, train_arm
 from ..core.metrics import at_most, evaluate, judge_for, reference
@@ -205,7 +205,7 @@ class TwoStage:
     options = ('temperature','guidance')
     def __init__(self,
         codec,           # a discrete codec: codes(x), decode_codes(ids), loss(x, draws), n_codes, grid(shape)
-        prior,           # loss(ids (b h w), cond, draws) -> (b); sample(cond, draws, config) -> ids (b h w)
+        prior,           # loss(ids (b h w), cond, draws) -> (b); sample(cond, draws, config) -> ids (b h w); null, counted
         share:float=.4,  # of the budget, for the codec
         lr=(2e-3,2e-3),  # peak learning rates of codec and prior
         **usual,         # further settings of both optimizers: betas, weight_decay
@@ -224,8 +224,11 @@ class TwoStage:
         return self
     def codec_loss(self, x0, cond, draws): return self.codec.loss(x0, draws)
     def prior_loss(self, x0, cond, draws): return self.prior.loss(self.codec.codes(x0), cond, draws)
-    def calls(self, config:dict)->int: # network calls for one picture: one a code, two with guidance
-        return math.prod(self.codec.grid(config['shape']))*(2 if config.get('guidance', 1)!=1 else 1)
+    def counted(self)->list: return self.prior.counted() # what runs once at every call of the network
+    def silent(self): return self.prior.null # (1) the caption that says nothing
+    def calls(self, config:dict)->int: # network calls for one picture, counted: one a code and candidate, two with guidance
+        def nothing(captions): return self.silent()[torch.zeros(len(captions), dtype=torch.int64)]
+        return count_calls(self.painter(nothing, config), self.counted())
     def painter(self,
         tok,         # captions -> Cond
         config:dict, # as from a recipe
