@@ -289,7 +289,7 @@ def own_row(arm:str, seconds:float, seed:int, ruler:Ruler, work:Path)->dict:
     return ruler.row(model.draw, seed)|dict(
         method='flow matching'+(' with the closed-form skip' if arm=='ours' else ''), seed=seed, params=took['params'],
         images=took['images'], steps=took['steps'], train_seconds=took['seconds'], cpu_seconds=cpu,
-        nfe=c['sample_steps'], guidance=c['guidance'], batch=c['batch'], widths=c['widths'], precision_mode=c['precision'])
+        nfe=model.den.calls(c), guidance=c['guidance'], batch=c['batch'], widths=c['widths'], precision_mode=c['precision'])
 
 def peer_row(name:str, seconds:float, ruler:Ruler, say, n:int=200)->dict:
     "Train and measure a published recipe"

@@ -63,14 +63,11 @@ def open_data(
     size=None, # side of a folder's pictures; default 32
 ):
     "Any data of the course; shards read like pictures"
-    if is_path(name):
-        from t2i_course.scale.recipes import Shards, is_shards
-        folder = Path(name).expanduser()
-        if is_shards(folder):
-            if size: raise CourseError(f'{name} holds shards of pictures, which have their size: give --size to t2i prepare')
-            return Shards(folder, codec and Model(codec).den.codec)
-    if codec: raise CourseError(f'--codec is for shards of latents; {name} is not a folder made by t2i prepare')
-    return load(name, size)
+    if not codec: return load(name, size)
+    from t2i_course.scale.recipes import Shards, is_shards
+    if not is_path(name) or not is_shards(name):
+        raise CourseError(f'--codec is for shards of latents; {name} is not a folder made by t2i prepare')
+    return Shards(Path(name).expanduser(), Model(codec).den.codec)
 
 def place(data)->str:
     "What a config calls its data: the name of a data set, or the whole path of a folder"
@@ -112,7 +109,11 @@ def command(
 @undisturbed() # the probe of bfloat16 draws random numbers
 def settings(recipe, data, scale, seconds, images, seed, precision, changes=None, codec=None, size=None)->dict:
     "The config of a new run: everything needed to make the same model again"
-    mod,ds = module(recipe),open_data(data, codec, size)
+    mod = module(recipe)
+    if codec and getattr(mod, 'PICTURES', False):
+        raise CourseError(f'{recipe} learns from pictures and the shards in {data} hold latents: give it the data set itself, or take a '
+                          'recipe that draws latents, such as ddpm, dit or flow_matching')
+    ds = open_data(data, codec, size)
     say_size(ds)
     if hasattr(mod, 'recipe_for'): config = mod.recipe_for(ds, scale, None if images else seconds)
     else: config = mod.recipe(ds.shape[0], ds.words, ds.size, scale)
@@ -499,7 +500,7 @@ def eval_run(
     if not quiet: say(f'measuring {m.run}: reading real pictures to compare with ...')
     def draw(captions, seed):
         with counting(len(captions), 'drawing', quiet) as each: return m.draw(captions, seed, each=each)
-    row = evaluate(draw, data if m.codec is None else data.origin(), n=n, seed=seed)|dict(
+    row = evaluate(draw, data.whole() if hasattr(data, 'whole') else data, n=n, seed=seed)|dict(
         recipe=c['recipe'], params=t['params'], params_trained=t.get('params_trained', t['params']),
         images=t['images'], train_seconds=t['seconds'], steps=t['steps'], train_seed=c['seed'],
         nfe=m.den.calls(c), **{k:c[KEYS.get(k, k)] for k in m.den.options if k!='steps'},

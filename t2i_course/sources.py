@@ -215,3 +215,12 @@ class Folder:
         raise CourseError(f'the captions of {self.name} are in its files; they cannot be made from attributes')
 
     def demands(self, caption): return {}
+
+
+def on_disk(path, size=None):
+    "What a folder holds: captioned images, or shards made by t2i prepare"
+    from t2i_course.scale.recipes import Shards, is_shards # a chapter: only when asked for
+    folder = Path(path).expanduser()
+    if not is_shards(folder): return Folder(folder, size or 32)
+    if size: raise CourseError(f'{path} holds shards of pictures, which have their size: give --size to t2i prepare')
+    return Shards(folder)

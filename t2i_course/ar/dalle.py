@@ -428,6 +428,7 @@ class Prior(nn.Module):
     ):
         super().__init__()
         self.net,self.null,self.p_drop,self.text = net,null,p_drop,text
+    def counted(self)->list: return [self.net.decoder] # it runs once a code
     def nothing(self, cond:Cond)->Cond: # (b) times the empty caption
         return self.null.to(cond.ids.device)[torch.zeros(len(cond), dtype=torch.long)]
     def loss(self,
@@ -618,7 +619,7 @@ def build(
     net = Transformer(len(tok), config['max_len'], k, grid, config['dim'], config['n_layers'], config['n_heads'], masks, counts)
     prior = Prior(net, tok.null(), config['p_drop'], config['text_weight'])
     scorer = Scorer(config['shape'][0], len(tok), config['max_len']) if config['scorer'] else None
-    fit = counted(load(config['data']), tok, config['count_images']) if config['counts'] else None
+    fit = counted(load(config['data'], config.get('size')), tok, config['count_images']) if config['counts'] else None
     return tok,DallE(codec, prior, scorer, config['share'], (config['codec_lr'], config['lr']), fit=fit)
 
 # %% ../../nbs/07_ar/71_dalle.ipynb #0e5740a9

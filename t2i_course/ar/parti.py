@@ -163,6 +163,7 @@ class CodePrior(nn.Module):
     ):
         super().__init__()
         self.net,self.null,self.p_drop = net,null,p_drop
+    def counted(self)->list: return [self.net.norm] # it runs once a code
     def nll(self,
         codes:Tensor, # (b h w) int64
         cond:Cond,    # (b) captions

@@ -273,6 +273,7 @@ class TwoLevelPrior(nn.Module):
         super().__init__()
         self.encoder,self.top,self.bottom = encoder,top,bottom
         self.null,self.p_drop,self.blind = null,p_drop,blind
+    def counted(self)->list: return [self.top.head, self.bottom.head] # each runs once a code
     def nothing(self, cond): # (b) times the caption that says nothing
         null = self.null.to(cond.ids.device)
         return null.map(lambda f: f.expand(len(cond), *f.shape[1:]))
@@ -327,8 +328,6 @@ def recipe_for(
 # %% ../../nbs/07_ar/70_pixelcnn.ipynb #eda2a42c
 class TwoLevelModel(TwoStage):
     "VQ-VAE-2: the codec of two levels, then both priors at once"
-    def calls(self, config:dict)->int: # as in TwoStage
-        return sum(math.prod(g) for g in self.codec.grids(config['shape']))*(2 if config['guidance']!=1 else 1)
 
 # %% ../../nbs/07_ar/70_pixelcnn.ipynb #94817a3e
 def make_codec(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAD', 'START', 'UNKNOWN', 'Cond', 'raw_cond', 'cat', 'LabelEmbedder', 'WordTokenizer', 'WordBag', 'Block',
-           'TextEncoder', 'Conditioned', 'drawn_from']
+           'TextEncoder', 'Conditioned', 'drawn_from', 'count_calls']
 
 # %% ../../nbs/01_core/11_conditioning.ipynb #09dd87ff
 from dataclasses import dataclass, fields
@@ -207,3 +207,15 @@ def drawn_from(
             if each: each(len(part))
         return torch.cat(done)
     return draw
+
+def count_calls(
+    draw,    # draw(captions) -> pictures, as `drawn_from` makes it
+    modules, # networks, or a part of each that runs once at every call
+)->int:      # calls for one picture; a doubled batch, as guidance makes it, counts twice
+    "Draw one picture and count what goes through"
+    rows = []
+    hooks = [m.register_forward_pre_hook(lambda m, args: rows.append(len(args[0]))) for m in modules]
+    try: draw([''])
+    finally:
+        for h in hooks: h.remove()
+    return sum(rows)

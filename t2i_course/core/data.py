@@ -7,7 +7,7 @@ __all__ = ['NUMBERS', 'INKS', 'PAPERS', 'WEIGHTS', 'LEANS', 'EDGE', 'STROKE', 'H
            'SIDES', 'Batch', 'mix', 'Draws', 'glyphs', 'glyph_split', 'enlarge', 'stroke_width', 'level', 'slant',
            'warp', 'draw_masks', 'paint', 'CourseError', 'not_written', 'kind_of', 'split_words', 'n_tokens',
            'check_split', 'an', 'Painted', 'PaintedTwo', 'in_epochs', 'Labelled', 'Digits', 'scale', 'dial',
-           'results_path', 'results', 'is_path', 'load']
+           'results_path', 'results', 'is_path', 'load', 'origin']
 
 # %% ../../nbs/01_core/10_data.ipynb #10f37af7
 import json, math, os, re, unicodedata
@@ -549,15 +549,15 @@ def is_path(
         name.lower().endswith(('.tar','.tar.gz','.tgz'))
 
 def load(
-    name,          # digits, painted, painted2, mnist, fashion, cifar10, or the path of a folder of captioned images
+    name,          # digits, painted, painted2, mnist, fashion, cifar10, or the path of a folder: captioned images, or made by t2i prepare
     size:int=None, # side of a folder's pictures; default 32
 ):                 # name, shape, splits, attributes, words, size, source, fingerprint, batch(split, draws), captions, demands
     "Any data set of the course by its name, or pictures of your own"
     if size is not None and size not in SIDES:
         raise CourseError(f'--size must be a multiple of 8 from {SIDES[0]} to {SIDES[-1]}; got {size}')
     if is_path(name):
-        from t2i_course.sources import Folder # files and downloads: only when asked for
-        return Folder(name, size or 32)
+        from t2i_course.sources import on_disk # files and downloads: only when asked for
+        return on_disk(name, size)
     here = f'the folder of that name is ./{name}' if Path(name).is_dir() else ''
     if name not in DATA:
         raise CourseError(f"there is no data set '{name}': choose {', '.join(DATA)}, or give a folder of images with captions"
@@ -570,3 +570,8 @@ def load(
     if name in own: return own[name]()
     from t2i_course.sources import Vision
     return Vision(name)
+
+def origin(
+    data, # as from `load`
+):        # the data set with the unseen pictures: that from which shards were prepared; all other data themselves
+    return data.origin() if hasattr(data, 'origin') else data

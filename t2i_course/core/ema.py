@@ -38,7 +38,9 @@ class EMA:
         "shadow <- decay shadow + (1-decay) weights; once an optimizer step, not once a micro-batch"
         new = net.state_dict()
         names = [k for k,v in self.shadow.items() if v.is_floating_point()]
-        torch._foreach_lerp_([self.shadow[k] for k in names], [new[k] for k in names], 1-self.decay(n, images))
+        for kind in {type(self.shadow[k]) for k in names}: # a network in shards has plain tensors too, its buffers
+            own = [k for k in names if type(self.shadow[k]) is kind]
+            torch._foreach_lerp_([self.shadow[k] for k in own], [new[k] for k in own], 1-self.decay(n, images))
         for k in self.shadow.keys()-names: self.shadow[k].copy_(new[k]) # counters cannot be averaged
 
     def load(self,

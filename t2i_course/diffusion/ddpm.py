@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core.conditioning import Cond, Conditioned, TextEncoder, WordBag, WordTokenizer, cat, drawn_from
+from ..core.conditioning import Cond, Conditioned, TextEncoder, WordBag, WordTokenizer, cat, count_calls, drawn_from
 from ..core.data import Draws, load
 from ..core.ema import train_arm
 from ..core.metrics import evaluate
@@ -213,8 +213,10 @@ class Denoiser:
         self.times,self.null,self.p_drop = times,null,p_drop
 
     options = ('steps','guidance') # what `t2i sample` may change
-    def calls(self, config:dict)->int: # network calls for one picture
-        return config['sample_steps']*(2 if config['guidance']!=1 else 1)
+    def counted(self)->list: return [self.net] # what runs once at every call of the network
+    def calls(self, config:dict)->int: # network calls for one picture, counted while one is drawn
+        def nothing(captions): return self.null[torch.zeros(len(captions), dtype=torch.int64, device=self.null.ids.device)]
+        return count_calls(self.painter(nothing, config), self.counted())
     def painter(self,
         tok,         # captions -> Cond
         config:dict, # as from `recipe`, and the shape of a picture

@@ -282,7 +282,7 @@ class CaptionGaussian:
         z = torch.einsum('nc,ncp->np', V[:,:,-1], left)/kappa[:,-1:].sqrt()
         n_groups = math.prod(len(tokens)+1 for tokens in self.groups)
         self.tables |= fit_space(z, self.group(ids), n_groups, self.rank)
-        self.tables = {k:v.contiguous() for k,v in self.tables.items()} # as a file gives them back
+        self.tables = {k:v.clone(memory_format=torch.contiguous_format) for k,v in self.tables.items()} # as a file gives them back, to the strides
         return self
 
     @torch.no_grad()

@@ -394,7 +394,7 @@ class LearnedVariance(Denoiser):
         "The usual two guesses, and where between the variances (0 the posterior's, 1 beta)"
         c,(out,said) = self.coefs(t, x_t),self.net(x_t, t, cond).float().chunk(2, 1)
         return *solve(c, *self.target(c), x_t, out),(said+1)/2
-    def predict(self, x_t, t, cond): return self.predict_all(x_t, t, cond)[:2]
+    def predict(self, x_t, t, cond, boost=1.): return self.predict_all(x_t, t, cond)[:2] # no skip: nothing to boost
     def loss(self, x0, cond, draws):
         "L_hybrid = L_simple + 0.001 L_vlb; the bound sees the guesses detached (Nichol and Dhariwal 2021, eq. 16)"
         T = self.process.n_steps

@@ -294,6 +294,7 @@ class GAN:
         with torch.no_grad(): d_real = self.net['disc'](x0, cond)
         return self.g_loss(d_real, d_fake)
 
+    def counted(self)->list: return [self.net['gen']] # what runs once at every call of the network
     def calls(self, config:dict)->int: return 1 # of the generator for one picture
     def painter(self,
         tok,         # captions -> Cond

@@ -468,6 +468,7 @@ class StyleGAN(GAN):
         gen.path_mean.lerp_(lengths.detach().mean(), self.path_decay)
         return self.path*(lengths-gen.path_mean).square().repeat_interleave(2)[:len(x0)]
 
+    def counted(self)->list: return [self.net['gen'].synthesis]
     def painter(self,
         tok,         # captions -> Cond
         config:dict, # truncation: psi; centre: 'caption' or 'all', what w is pulled towards

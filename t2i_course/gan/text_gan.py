@@ -346,6 +346,7 @@ class StackGAN(TextGAN):
                for t in self.first.loss]
         two = [t._replace(since=self.share) for t in super().loss]
         return one+[two[0]._replace(begin=settle('gen.base.gen'))]+two[1:]
+    def counted(self)->list: return [self.net['gen'], self.net.get_submodule('gen.base.gen')] # both stages
     def calls(self, config:dict)->int: return 2
 
 # %% ../../nbs/02_gan/23_text_gan.ipynb #dece320b
@@ -460,4 +461,4 @@ def experiments(
             yield f'arms.{name}.{seed}',row(draw, d, seed, **about)
             if name in ('full','stack'): # what the second part starts from
                 sketch = dict(full='sketch', stack='stage1')[name]
-                yield f'arms.{sketch}.{seed}',row(sketcher(model, tok), d, seed, **about|dict(recipe=sketch))
+                yield f'arms.{sketch}.{seed}',row(sketcher(model, tok), d, seed, **about|dict(recipe=sketch, nfe=1))

@@ -31,7 +31,14 @@ class Ranks:
         if gpu: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
         if not dist.is_initialized(): dist.init_process_group('nccl' if gpu else 'gloo', timeout=timedelta(minutes=minutes))
         self.rank,self.size = dist.get_rank(),dist.get_world_size()
-        self.device,self.net = torch.device('cuda' if gpu else 'cpu'),None
+        self.device,self.net,self.ran = torch.device('cuda' if gpu else 'cpu'),None,False
+
+    def share(self,
+        net:nn.Module, # what has to be called: the wrapped network
+    ):
+        "From now on gradients meet in this network, if it is the one that the loss calls"
+        self.net = net
+        net.register_forward_pre_hook(lambda *_: setattr(self, 'ran', True))
 
     def mine(self,
         part:Tensor, # (b) indices of the images of a micro-batch
@@ -68,9 +75,13 @@ class Ranks:
     def micro(self, last:bool):
         "Around a micro-batch: gradients meet after the last one of a step"
         if isinstance(self.net, FSDPModule): self.net.set_requires_gradient_sync(last)
+        self.ran = False
         if isinstance(self.net, nn.parallel.DistributedDataParallel) and not last:
             with self.net.no_sync(): yield
         else: yield
+        if self.net is not None and not self.ran:
+            raise CourseError('the loss does not call the network that the processes share, so each would train a copy of its own: '
+                              'write it with model.net, as it is when the loss is asked')
 
 # %% ../../nbs/12_scale/86_fsdp.ipynb #9756b5fa
 # ---- from outside the network ----
@@ -102,11 +113,13 @@ def parallelize(
         for m in blocks.values(): m.compile()
     if how=='fsdp':
         # gathered weights in few bits, gradients added up in 32
-        mixed = MixedPrecisionPolicy(POLICIES[precision], torch.float32) if precision!='fp32' else MixedPrecisionPolicy()
-        for m in blocks.values(): fully_shard(m, mp_policy=mixed)
-        fully_shard(net, mp_policy=mixed)
+        few = dict(param_dtype=POLICIES[precision], reduce_dtype=torch.float32) if precision!='fp32' else {}
+        net.to(memory_format=torch.contiguous_format) # a shard is a piece of rows
+        for m in blocks.values(): fully_shard(m, mp_policy=MixedPrecisionPolicy(**few))
+        # a block gets activations; the whole also gets times, which have to stay as they are: autocast does the rest
+        fully_shard(net, mp_policy=MixedPrecisionPolicy(**few, cast_forward_inputs=False))
     called = nn.parallel.DistributedDataParallel(net) if how=='ddp' else net
-    if ranks is not None: ranks.net = called
+    if ranks is not None: ranks.share(called)
     return called
 
 # %% ../../nbs/12_scale/86_fsdp.ipynb #a317f50f

@@ -412,8 +412,9 @@ def experiments(
             end = train_arm(den, tok, data, config, s['images'], seed, arm, loss)
             draw = drawer(den, tok, data.shape, times(config, config['sample_steps']), **settings_of(config))
             row = evaluate(draw, data, judge, s['n'], seed, 0)
-            about = dict(recipe='flow_matching', precision=arm, params=sum(p.numel() for p in den.net.parameters()), images=s['images'])
-            yield f'precision.{arm}.{seed}',row|about|dict(nfe=den.calls(config), loss=end, unseen_loss=unseen_loss(den, tok, data))
+            about = dict(recipe='flow_matching', precision=arm, params=sum(p.numel() for p in den.net.parameters()), images=s['images'],
+                         nfe=den.calls(config|dict(shape=list(data.shape))))
+            yield f'precision.{arm}.{seed}',row|about|dict(loss=end, unseen_loss=unseen_loss(den, tok, data))
         tok,base = fresh(small, digits, seed)
         train_arm(base, tok, digits, small, s['base'], seed)
         weights = copy.deepcopy(base.net.state_dict())

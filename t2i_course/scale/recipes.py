@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PEAKS', 'PRICES', 'STORES', 'TOLD', 'PRESETS', 'Kept', 'kept', 'count', 'n_params', 'of_recipe', 'memory',
            'allocated', 'most', 'macs', 'hours', 'cost', 'measured_peak', 'of_published', 'stored', 'restored',
-           'make_shard', 'prepare', 'is_shards', 'epoch_groups', 'mixed', 'numbers', 'Shards', 'command', 'slurm',
-           'preset_row', 'experiments']
+           'make_shard', 'prepare', 'is_shards', 'epoch_groups', 'mixed', 'numbers', 'Shards', 'Whole', 'command',
+           'slurm', 'preset_row', 'experiments']
 
 # %% ../../nbs/12_scale/88_recipes.ipynb #6781b354
 import contextlib, hashlib, io, json, os, time
@@ -552,12 +552,26 @@ class Shards:
         "What the text encoder said to the empty caption"
         return _cond(from_bytes((self.folder/'null.safetensors').read_bytes()))
 
+    def drawn(self, draws:Draws)->Draws: # of which random numbers of the origin these pictures were made
+        return Draws(self.about['seed'], numbers(self.lengths, draws, self.window), draws.device)
+
     def origin(self):
         "The data set that was prepared"
-        origin = self.about['origin']
-        return load(origin, self.about['shape'][-1] if is_path(origin) else None)
+        place = self.about['origin']
+        try: return load(place, self.about['shape'][-1] if is_path(place) else None)
+        except CourseError as e: raise CourseError(f'{self.folder} was prepared from {place}, whose unseen pictures are wanted: {e}') from e
     def demands(self, caption:str)->dict: # what a caption demands of a picture
         return self.origin().demands(caption)
+    def whole(self)->'Whole': # to measure with
+        return Whole(self)
+
+class Whole:
+    "The data set that shards were prepared from; what was trained on are the pictures of the shards"
+    def __init__(self, shards:Shards): self.shards,self.data,self.source = shards,shards.origin(),shards.source
+    def __getattr__(self, name): return getattr(self.data, name)
+    def batch(self, split, draws): # as in every data set
+        trained = split=='train' and split in self.shards.splits and not self.shards.made_by
+        return (self.shards if trained else self.data).batch(split, draws)
 
 # %% ../../nbs/12_scale/88_recipes.ipynb #39cb5c9d
 # ---- the command ----
