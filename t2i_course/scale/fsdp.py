@@ -10,7 +10,7 @@ __all__ = ['POLICIES', 'Ranks', 'units', 'parallelize', 'local', 'whole', 'shard
 import json, os, shutil, subprocess, sys
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -269,25 +269,33 @@ def apart(
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # not used: equality is a matter of one run
-):                    # yields ('key.path', value)
+):                    # yields ('key.path', make), and make() gives the value
     "One, two and four processes: how far apart the runs are, what each process holds, resharding"
     import tempfile
-    with tempfile.TemporaryDirectory() as folder:
-        f,sizes = Path(folder),(2,) if scale=='smoke' else (2,4)
-        arms = dict(fp32=dict(), float64=dict(double=True), bf16=dict(precision='bf16'), accumulate=dict(accumulate=2),
-                    checkpointing=dict(checkpointing=True))
-        alone = dict(zip(arms, launch(1, *(dict(out=f/f'1{k}', **o) for k,o in arms.items()))))
-        for n in sizes:
-            for how in ('ddp','fsdp'):
-                found = launch(n, *(dict(out=f/f'{n}{how}{k}', how=how, **o) for k,o in arms.items()))
-                for k,end in zip(arms, found): yield f'apart.{how}.{n}.{k}',apart(alone[k], end)
-                measured = [{k:v for k,v in h.items() if k!='shapes'} for h in found[0]['held']]
-                shares = [(n, r) if how=='fsdp' else (1, 0) for r in range(n)]
-                yield f'held.{how}.{n}',dict(measured=measured, weights=[shard_bytes(found[0]['held'][0]['shapes'], *s) for s in shares])
-        run = f/'reshard' # saved by 4, read by 2, saved by 2, read by 1
+    sizes = (2,) if scale=='smoke' else (2,4)
+    arms = dict(fp32=dict(), float64=dict(double=True), bf16=dict(precision='bf16'), accumulate=dict(accumulate=2),
+                checkpointing=dict(checkpointing=True))
+    @cache # a launch makes all arms
+    def ends(n, how=None):
+        with tempfile.TemporaryDirectory() as f:
+            return dict(zip(arms, launch(n, *(dict(out=Path(f)/k, **dict(how=how) if how else {}, **o) for k,o in arms.items()))))
+    def distance(n, how, k): return apart(ends(1)[k], ends(n, how)[k])
+    def held(n, how):
+        found = ends(n, how)['fp32']['held']
+        measured = [{k:v for k,v in h.items() if k!='shapes'} for h in found]
+        shares = [(n, r) if how=='fsdp' else (1, 0) for r in range(n)]
+        return dict(measured=measured, weights=[shard_bytes(found[0]['shapes'], *s) for s in shares])
+    def reshard():
         n = max(sizes)
-        launch(n, dict(out=run, how='fsdp', stop=8))
-        launch(2, dict(out=run, how='fsdp', stop=14, resume=True))
-        end, = launch(1, dict(out=run, resume=True))
-        straight = alone['fp32']|dict(log=alone['fp32']['log'][14:])
-        yield 'reshard',dict(sizes=[n, 2, 1], **apart(straight, end))
+        with tempfile.TemporaryDirectory() as f: # saved by 4, read by 2, saved by 2, read by 1
+            run = Path(f)/'reshard'
+            launch(n, dict(out=run, how='fsdp', stop=8))
+            launch(2, dict(out=run, how='fsdp', stop=14, resume=True))
+            end, = launch(1, dict(out=run, resume=True))
+        one = ends(1)['fp32']
+        return dict(sizes=[n, 2, 1], **apart(one|dict(log=one['log'][14:]), end))
+    for n in sizes:
+        for how in ('ddp','fsdp'):
+            for k in arms: yield f'apart.{how}.{n}.{k}',partial(distance, n, how, k)
+            yield f'held.{how}.{n}',partial(held, n, how)
+    yield 'reshard',reshard
