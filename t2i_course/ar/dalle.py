@@ -696,7 +696,7 @@ SWEEP = dict(smoke=dict(images=640, arm=128, n=24, m=8, best=(1,2), small=dict(d
              demo=dict(images=26_000, arm=6_000, n=400, m=300, best=(1,2,4,8), small=dict(dim=64, n_layers=4, n_heads=4)),
              full=dict(images=2_000_000, arm=200_000, n=5_000, m=1_000, best=(1,2,4,8,16,32), small=dict(dim=256, n_layers=8, n_heads=8)))
 
-ARMS = dict( # name -> share of the training pictures, what differs
+ARMS = dict( # name -> share of an arm's training pictures, what differs
     dense=(1, {}), sparse=(1, dict(sparse=True)), even=(1, dict(text_weight=.5)), silent=(1, dict(text_weight=0.)),
     counted=(1, dict(counts=True)), early=(.1, {}), early_counted=(.1, dict(counts=True)))
 
