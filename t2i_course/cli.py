@@ -2,6 +2,7 @@
 import argparse, errno, json, math, os, platform, shlex, shutil, sys, time
 from contextlib import contextmanager
 from datetime import date
+from functools import partial
 from importlib import import_module, metadata
 from pathlib import Path
 import numpy as np
@@ -9,9 +10,9 @@ import torch
 from t2i_course.core.data import CourseError, Draws, is_path, load, results_path, scale as current_scale
 from t2i_course.core.ema import state_for
 from t2i_course.core.training import ALONE, bf16_pays, feed, pick_device, spent, train
-from t2i_course.runs import (Stopped, belongs, codec_place, codec_run, config_hash, cut_log, follow, load_tensors,
-                             model_hash, one_writer, read_config, same_threads, save_tensors, seen_from, undisturbed,
-                             write_json, write_whole)
+from t2i_course.runs import (Stopped, belongs, code_version, codec_place, codec_run, config_hash, cut_log, follow, kept_arms,
+                             load_tensors, model_hash, one_writer, read_config, same_threads, save_tensors, seen_from, twin,
+                             undisturbed, write_json, write_whole)
 from t2i_course.runs import resume as take_up
 
 def at(part, *names)->dict: return {name:f't2i_course.{part}.{name}' for name in names}
@@ -732,54 +733,75 @@ def run_chapter(
     seconds=None, # training time of a row; default 60
     out=None,     # file to write; default results/CHAPTER.json
 ):
-    "The measurements of a chapter; what is done is kept when it is interrupted"
+    "The measurements of a chapter; finished arms are kept, and skipped by the same code on the same machine"
     name = chapter.split('_', 1)[1] if chapter[:2].isdigit() and '_' in chapter else chapter
     if name=='demo': return write_json(result_file(out, 'demo'), stamp('demo', [0])|dict(demo=demo(seconds)))
     mod = module(name, CHAPTERS)
     if name=='metrics': return mod.make_judges(out)
     path = result_file(out, name)
-    res = (json.loads(path.read_text(encoding='utf-8')) if path.exists() else {})|stamp(name, seeds)
-    if name=='report_card': return report_card(res, path, seeds, seconds)
-    seconds = seconds or (3 if current_scale()=='smoke' else 60)
-    for data in dict(ddpm=['digits','painted'], dit=['painted'], flow_matching=['painted']).get(name, []):
-        put(res, f'row.{data}', measured_rows(name, data, seeds, seconds, Path('runs')/'rows'))
-        write_json(path, res)
-    for key,value in mod.experiments(current_scale(), seeds):
-        say(f'{key}: {value}')
-        put(res, key, value)
-        write_json(path, res)
+    seconds = seconds or (120 if name=='report_card' else 60 if current_scale()!='smoke' else 3)
+    rows = dict(ddpm=['digits','painted'], dit=['painted'], flow_matching=['painted']).get(name, [])
+    head = stamp(name, seeds)|(dict(seconds=seconds) if rows or name=='report_card' else {})|dict(code=code_version(CHAPTERS[name]))
+    if name=='report_card': return report_card(head, path, seeds, seconds)
+    arms = [(f'row.{d}', partial(measured_rows, name, d, seeds, seconds, Path('runs')/'rows')) for d in rows]
+    make_arms(arms+list(mod.experiments(current_scale(), seeds)), head, path, getattr(mod, 'MAY_AGREE', ()))
     print(f'wrote {path}')
 
+def make_arms(
+    arms,      # (key, make) of each
+    head:dict, # how and when they are made
+    path:Path, # results file
+    equal=(),  # sweeps whose arms may agree, see `runs.twin`
+    also=None, # what else is to be written
+):
+    "Make the arms that the file does not hold yet, and write it after each"
+    arms = list(arms)
+    done = kept_arms(path, head, [k for k,_ in arms])
+    res = head|(also or {})
+    for key,value in done.items(): put(res, key, value)
+    if path.exists() and not done: say(f'nothing in {path} was made by this code, scale, seeds and machine: every arm is made')
+    for i,(key,make) in enumerate(arms, 1):
+        if key in done:
+            say(f'{i} of {len(arms)} {key}: kept')
+            continue
+        say(f'{i} of {len(arms)} {key} ...')
+        value = json.loads(json.dumps(make())) # as it will be read again
+        other = twin(key, value, done, equal)
+        if other:
+            raise CourseError(f'{key} and {other} came out the same to the last bit: what should tell them apart had no effect. '
+                              f'Mend the chapter; the arms before are in {path}.')
+        say(f'  {value}')
+        done[key] = value
+        put(res, key, value)
+        write_json(path, res)
+
 def report_card(
-    res:dict,     # what is measured already
-    path:Path,    # results/report_card.json
-    seeds,        # of the runs
-    seconds=None, # training time of each; default 120
+    head:dict, # how and when it is made
+    path:Path, # results/report_card.json
+    seeds,     # of the runs
+    seconds,   # training time of each
 ):
     "Every recipe that stands for a paradigm, on painted digits with the same clock; pictures of the first seed beside the numbers"
     from t2i_course.capstone.report_card import drawing_flops, experiments, training_memory, variety
     from t2i_course.core.metrics import load_judge
     from t2i_course.core.plots import mosaic
-    seconds,drawn = seconds or (3 if current_scale()=='smoke' else 120),{}
-    data,judge = load('painted'),load_judge('painted')
-    for recipe in RECIPES:
-        paradigm = getattr(module(recipe), 'PARADIGM', None)
-        if not paradigm: continue
-        found = measured_rows(recipe, 'painted', seeds, seconds, Path('runs')/'rows')
-        models = [Model(Path('runs')/'rows'/f'{recipe}-painted-{seconds:g}s-{s}') for s in seeds]
+    data,judge,work = load('painted'),load_judge('painted'),Path('runs')/'rows'
+    def row(recipe, paradigm):
+        found = measured_rows(recipe, 'painted', seeds, seconds, work)
+        models = [Model(work/f'{recipe}-painted-{seconds:g}s-{s}') for s in seeds]
         for r,m in zip(found['rows'], models): r['variety'] = variety(m.draw, data, judge, PROMPTS)
-        put(res, f'row.{recipe}', found|dict(paradigm=paradigm))
         m = models[0]
-        drawn[recipe] = m.draw(PROMPTS)
-        put(res, f'row.{recipe}.multiply_adds', drawing_flops(m.den.painter(m.tok, m.config), PROMPTS[:4]))
-        put(res, f'row.{recipe}.memory', training_memory(m.den, m.tok, data, m.config['batch'], m.config['precision']))
-        put(res, f'row.{recipe}.batch', m.config['batch'])
-        write_json(path, res|dict(seconds=seconds, prompts=PROMPTS, pictures=list(drawn)))
-    for key,value in experiments(current_scale(), seeds):
-        put(res, key, value)
-        write_json(path, res|dict(seconds=seconds, prompts=PROMPTS, pictures=list(drawn)))
+        return found|dict(paradigm=paradigm, multiply_adds=drawing_flops(m.den.painter(m.tok, m.config), PROMPTS[:4]),
+                          memory=training_memory(m.den, m.tok, data, m.config['batch'], m.config['precision']), batch=m.config['batch'])
+    def drawn(recipe):
+        measured_rows(recipe, 'painted', seeds[:1], seconds, work) # trains only if the run is gone
+        return Model(work/f'{recipe}-painted-{seconds:g}s-{seeds[0]}').draw(PROMPTS)
+    paradigms = {r:p for r in RECIPES if (p := getattr(module(r), 'PARADIGM', None))}
+    head = head|dict(code=code_version(CHAPTERS['report_card'], *(RECIPES[r] for r in paradigms)))
+    arms = [(f'row.{r}', partial(row, r, p)) for r,p in paradigms.items()]
+    make_arms(arms+list(experiments(current_scale(), seeds)), head, path, also=dict(prompts=PROMPTS, pictures=list(paradigms)))
     from PIL import Image
-    picture = Image.fromarray(mosaic(torch.cat(list(drawn.values())), len(PROMPTS)).numpy())
+    picture = Image.fromarray(mosaic(torch.cat([drawn(r) for r in paradigms]), len(PROMPTS)).numpy())
     write_whole(path.with_suffix('.png'), lambda p: picture.save(p, 'png'))
     print(f'wrote {path}')
 
@@ -1038,7 +1060,7 @@ def add_rest(command):
     a('--n', type=int, default=1000, metavar='N', help='drawings (default 1000)')
     a('--seed', type=int, default=0, metavar='N', help='of captions and noise (default 0)')
     a('--data', metavar='FOLDER', help='the new place of its pictures, if their folder was moved')
-    a = command('run', 'make the measurements of a chapter (results/CHAPTER.json)', cmd_run)
+    a = command('run', 'make the measurements of a chapter (results/CHAPTER.json); again: go on with the first that is missing', cmd_run)
     a('chapter', help=', '.join(('demo',*CHAPTERS)))
     a('--seeds', type=int, default=2, metavar='N', help='how many (default 2)')
     a('--seconds', type=float, metavar='N', help='training time of a row (default 60)')

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from arms import made
 from t2i_course.core.conditioning import Cond, WordTokenizer, raw_cond
 from t2i_course.core.data import NUMBERS, Draws, load
 from t2i_course.diffusion import guidance
@@ -325,7 +326,7 @@ def test_experiments(monkeypatch):
                 p_drop=(0., .1), painted_scales=(1., 2.), fix_scales=(2.,))
     monkeypatch.setitem(guidance.SWEEP, "smoke", tiny)
     monkeypatch.setattr(guidance, "FIXES", {k: FIXES[k] for k in ("none", "dynamic")})
-    found = dict(guidance.experiments("smoke", (0,)))
+    found = made(guidance)
     json.dumps(found)
     assert next(iter(found)) == "setting" and {"n", "images", "steps", "fd_floor", "precision"} <= set(found["setting"])
     row = found["row.seed0"]

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from arms import made
 from t2i_course.core.data import CourseError, Draws, load
 from t2i_course.core.metrics import evaluate, load_judge
 from t2i_course.scale import pipeline
@@ -221,6 +222,6 @@ def test_command_line(tmp_path, capsys, monkeypatch):
 def test_experiments_yield_rows(monkeypatch):
     monkeypatch.setitem(pipeline.SWEEP, "smoke", pipeline.SWEEP["smoke"] | dict(n=12, draw=2))
     monkeypatch.setattr(pipeline, "ours", lambda name, scale, seed=0: replace(S, steps=1, seed=seed, vae_images=32))
-    found = dict(pipeline.experiments("smoke", (0,)))
+    found = made(pipeline)
     assert set(found) == {"setting", "codec.digits", "arms.digits.seed0", "codec.painted", "arms.painted.seed0"}
     json.dumps(found)

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from arms import made
 from t2i_course.core.conditioning import WordTokenizer, raw_cond
 from t2i_course.core.data import Draws, Painted
 from t2i_course.diffusion import preconditioning
@@ -241,7 +242,7 @@ def test_word_groups_name_strokes_only():
 # --- The sweeps ---
 
 def test_experiments_yield_every_comparison():
-    rows = dict(preconditioning.experiments("smoke", (0,)))
+    rows = made(preconditioning)
     setting = rows["setting"]
     assert setting["evaluations"] == 5 and setting["sigma_data"] > .6
     names = ["edm.ddpm", "edm.scalar", "edm.edm", "edm.shifted", "sigma_data.right", "sigma_data.double"]

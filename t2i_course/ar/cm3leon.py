@@ -9,6 +9,7 @@ __all__ = ['TASKS', 'DRAW', 'RECOLOUR', 'READ', 'PICTURES', 'SIZES', 'SWEEP', 'L
 
 # %% ../../nbs/07_ar/73_cm3leon.ipynb #97d4df12
 import math, time
+from functools import cache, lru_cache, partial
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -406,41 +407,58 @@ SWEEP = dict(smoke=dict(codec_images=640, images=320, n=16, guidance=(1.,2.)),
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # of weights, order and drawings
-):                    # yields (key, value)
+):                    # yields (key, make), and make() gives the value
     "Retrieved examples, guidance, and what several tasks cost, all on the codes of one codec"
     s,data = SWEEP[scale],load('painted')
     config,judge = recipe_for(data, scale),judge_for(data)
     precision = 'bf16' if bf16_pays() else 'fp32'
-    torch.manual_seed(0)
-    tok,first = build(config|dict(share=1.))
-    train_arm(first, tok, data, config, s['codec_images'], precision=precision, loss=first.loss[:1])
-    yield 'setting',dict(data=data.name, images=s['images'], codec_images=s['codec_images'], n=s['n'], precision=precision, tasks=config['tasks'],
-                         grid=list(first.model.layout.grid), fd_floor=reference(data, judge, s['n'])['fd_floor'])
+    tasks = dict(all=config['tasks'], draw=[1.,0.,0.])
+    @cache # one codec for every arm
+    def first():
+        torch.manual_seed(0)
+        tok,model = build(config|dict(share=1.))
+        train_arm(model, tok, data, config, s['codec_images'], precision=precision, loss=model.loss[:1])
+        return model
+    def setting():
+        return dict(data=data.name, images=s['images'], codec_images=s['codec_images'], n=s['n'], precision=precision, tasks=config['tasks'],
+                    grid=list(first().model.layout.grid), fd_floor=reference(data, judge, s['n'])['fd_floor'])
+    @lru_cache(1) # all keys of an arm ask for its model
+    def trained(arm, seed):
+        weights = first().codec.state_dict()
+        torch.manual_seed(seed)
+        tok,model = build(config|dict(share=0., tasks=tasks[arm]))
+        model.codec.load_state_dict(weights)
+        start = time.perf_counter()
+        train_arm(model, tok, data, config, s['images'], seed, precision)
+        model.net.eval()
+        return tok,model,time.perf_counter()-start
+    def bits(arm, seed):
+        (tok,model,_),found = trained(arm, seed),{}
+        for split in ('test','heldout'):
+            draws = Draws(5, torch.arange(2*s['n']))
+            b = data.batch(split, draws)
+            def at(k, b=b, draws=draws):
+                parts = [model.nll(b.x[i], tok([b.captions[j] for j in i]), Draws(5, i), k) for i in draws.index.split(200)]
+                return torch.cat(parts).mean().item()
+            found[split] = [at(k) for k in range(config['max_examples']+1)]
+        return found
+    def examples(k, seed):
+        tok,model,took = trained('all', seed)
+        row = evaluate(model.painter(tok, config|dict(examples=k)), data, judge, s['n'], seed, n_heldout=s['n'])
+        about = dict(recipe='cm3leon', params=sum(p.numel() for p in model.model.parameters()), images=s['images'],
+                     train_seconds=took, nfe=model.calls(config), examples=k, guidance=config['guidance'])
+        return row|about
+    def guidance(w, seed):
+        tok,model,_ = trained('all', seed)
+        row = evaluate(model.painter(tok, config|dict(examples=0, guidance=w)), data, judge, s['n'], seed, n_heldout=0)
+        o = row['obedience']
+        return dict(w=w, obedience=o['all'], digit=o['digit'], fd=row['fd'], recall=row['recall'])
+    def scores(seed): return task_scores(trained('all', seed)[1], data, judge, s['n'], seed)
+    yield 'setting',setting
     for seed in seeds:
-        for arm,tasks in dict(all=config['tasks'], draw=[1.,0.,0.]).items():
-            torch.manual_seed(seed)
-            tok,model = build(config|dict(share=0., tasks=tasks))
-            model.codec.load_state_dict(first.codec.state_dict())
-            start = time.perf_counter()
-            train_arm(model, tok, data, config, s['images'], seed, precision)
-            model.net.eval()
-            took,bits = time.perf_counter()-start,{}
-            for split in ('test','heldout'):
-                draws = Draws(5, torch.arange(2*s['n']))
-                b = data.batch(split, draws)
-                def at(k, b=b, model=model, draws=draws, tok=tok):
-                    parts = [model.nll(b.x[i], tok([b.captions[j] for j in i]), Draws(5, i), k) for i in draws.index.split(200)]
-                    return torch.cat(parts).mean().item()
-                bits[split] = [at(k) for k in range(config['max_examples']+1)]
-            yield f'bits.{arm}.{seed}',bits
+        for arm in tasks:
+            yield f'bits.{arm}.{seed}',partial(bits, arm, seed)
             if arm=='draw': continue
-            for k in range(config['max_examples']+1):
-                row = evaluate(model.painter(tok, config|dict(examples=k)), data, judge, s['n'], seed, n_heldout=s['n'])
-                about = dict(recipe='cm3leon', params=sum(p.numel() for p in model.model.parameters()), images=s['images'],
-                             train_seconds=took, nfe=model.calls(config), examples=k, guidance=config['guidance'])
-                yield f'examples.{k}.{seed}',row|about
-            for w in s['guidance']:
-                row = evaluate(model.painter(tok, config|dict(examples=0, guidance=w)), data, judge, s['n'], seed, n_heldout=0)
-                o = row['obedience']
-                yield f'guidance.w{round(10*w)}.{seed}',dict(w=w, obedience=o['all'], digit=o['digit'], fd=row['fd'], recall=row['recall'])
-            yield f'tasks.{seed}',task_scores(model, data, judge, s['n'], seed)
+            for k in range(config['max_examples']+1): yield f'examples.{k}.{seed}',partial(examples, k, seed)
+            for w in s['guidance']: yield f'guidance.w{round(10*w)}.{seed}',partial(guidance, w, seed)
+            yield f'tasks.{seed}',partial(scores, seed)

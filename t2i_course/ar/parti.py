@@ -8,6 +8,7 @@ __all__ = ['ARMS', 'SWEEP', 'PARTI', 'SIZES', 'attend', 'CrossBlock', 'EncoderDe
 
 # %% ../../nbs/07_ar/72_parti.ipynb #04f0d04a
 import math, time
+from functools import cache, partial
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -264,32 +265,42 @@ class OneStage:
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # of weights, order and drawings
-):                    # yields (key, value)
+):                    # yields (key, make), and make() gives the value
     "Encoder-decoder against one stream at equal parameters, and four sizes, all on the codes of one codec"
     s,data = SWEEP[scale],load('painted')
     config,judge = recipe_for(data, scale),judge_for(data)
     precision = 'bf16' if bf16_pays() else 'fp32'
-    torch.manual_seed(0)
-    tok,model = build(config)
-    start = time.perf_counter()
-    mean_loss = train_arm(OneStage(model.codec), tok, data, config|dict(lr=config['codec_lr']), s['codec_images'], precision=precision)
-    codec = model.codec.eval()
-    yield 'setting',dict(data=data.name, images=s['images'], codec_images=s['codec_images'], codec_loss=mean_loss, n=s['n'], kept=s['kept'],
-                         precision=precision, codec_seconds=time.perf_counter()-start, n_codes=codec.n_codes,
-                         grid=list(codec.grid(config['shape'])), fd_floor=reference(data, judge, s['n'])['fd_floor'])
-    feed,unseen = coded(codec, data, tok, s['kept']),coded(codec, data, tok, 4*s['n'], 'test')
+    @cache # one codec for every arm
+    def first():
+        torch.manual_seed(0)
+        tok,model = build(config)
+        start = time.perf_counter()
+        loss = train_arm(OneStage(model.codec), tok, data, config|dict(lr=config['codec_lr']), s['codec_images'], precision=precision)
+        return tok,model.codec.eval(),loss,time.perf_counter()-start
+    @cache
+    def fed():
+        tok,codec,_,_ = first()
+        return coded(codec, data, tok, s['kept']),coded(codec, data, tok, 4*s['n'], 'test')
+    def setting():
+        _,codec,loss,took = first()
+        return dict(data=data.name, images=s['images'], codec_images=s['codec_images'], codec_loss=loss, n=s['n'], kept=s['kept'],
+                    precision=precision, codec_seconds=took, n_codes=codec.n_codes,
+                    grid=list(codec.grid(config['shape'])), fd_floor=reference(data, judge, s['n'])['fd_floor'])
+    def row(arm, seed):
+        (tok,codec,_,_),(feed,unseen) = first(),fed()
+        torch.manual_seed(seed)
+        prior = make_prior(arm, codec, tok, config)
+        start = time.perf_counter()
+        records = fit_prior(prior, feed, config, s['images'], seed, precision)
+        row = dict(params=sum(p.numel() for p in prior.parameters()), bits=held_out_nll(prior, unseen, 4*s['n']), images=s['images'],
+                   train_seconds=time.perf_counter()-start, loss=records[-1].loss)
+        if arm in ('encoder_decoder','one_stream'):
+            draw = TwoStage(codec, prior).painter(tok, config)
+            row |= evaluate(draw, data, judge, s['n'], seed, n_heldout=s['n']//2)|dict(recipe='parti' if arm!='one_stream' else 'dalle')
+        return row
+    yield 'setting',setting
     for seed in seeds:
-        for arm in ARMS:
-            torch.manual_seed(seed)
-            prior = make_prior(arm, codec, tok, config)
-            start = time.perf_counter()
-            records = fit_prior(prior, feed, config, s['images'], seed, precision)
-            row = dict(params=sum(p.numel() for p in prior.parameters()), bits=held_out_nll(prior, unseen, 4*s['n']), images=s['images'],
-                       train_seconds=time.perf_counter()-start, loss=records[-1].loss)
-            if arm in ('encoder_decoder','one_stream'):
-                draw = TwoStage(codec, prior).painter(tok, config)
-                row |= evaluate(draw, data, judge, s['n'], seed, n_heldout=s['n']//2)|dict(recipe='parti' if arm!='one_stream' else 'dalle')
-            yield f'arms.{arm}.{seed}',row
+        for arm in ARMS: yield f'arms.{arm}.{seed}',partial(row, arm, seed)
 
 # %% ../../nbs/07_ar/72_parti.ipynb #f7f8478d
 # ---- the published sizes ----

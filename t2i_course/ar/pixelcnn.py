@@ -9,6 +9,7 @@ __all__ = ['SIZES', 'SWEEP', 'ARMS', 'mask', 'MaskedConv', 'sees', 'down', 'befo
 
 # %% ../../nbs/07_ar/70_pixelcnn.ipynb #25113cb8
 import math, time
+from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -428,44 +429,61 @@ ARMS = dict(plain=dict(kind=Plain), gated=dict(attention=False), pixelcnn=dict()
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # of weights, data and drawings
-):                    # yields ('key.path', value)
+):                    # yields ('key.path', make), and make() gives the value
     "Bits a code with and without the blind spot, gates, attention and the right caption; temperature and guidance; what stays"
-    s,data = SWEEP[scale],load('digits')
+    s,data,painted = SWEEP[scale],load('digits'),load('painted')
     judge,precision = judge_for(data),'bf16' if bf16_pays(pick_device()) else 'fp32'
     config = recipe_for(data, scale)
-    yield 'setting',dict(s, ways=[list(w) for w in s['ways']], precision=precision, seeds=list(seeds), n_codes=list(config['n_codes']),
-                         fd_floor=reference(data, judge, at_most(data, s['n']))['fd_floor'])
-    for seed in seeds:
+    def setting():
+        return dict(s, ways=[list(w) for w in s['ways']], precision=precision, seeds=list(seeds), n_codes=list(config['n_codes']),
+                    fd_floor=reference(data, judge, at_most(data, s['n']))['fd_floor'])
+    @lru_cache(1) # one codec for every arm of a seed
+    def coded(seed):
         torch.manual_seed(seed)
         codec = make_codec(config)
         tok,_ = make_prior(config, codec)
         train_arm(CodesModel(codec), tok, data, config, s['codec'], seed, precision)
+        return codec,*codes_of(codec, data, 'test', 50, at_most(data, s['n'])) # codec, codes, their batch
+    def histogram(seed):
+        codec,codes,_ = coded(seed)
         seen,_ = codes_of(codec, data, 'train', 51, s['read'])
-        codes,b = codes_of(codec, data, 'test', 50, at_most(data, s['n']))
         tables = {k:Histogram(getattr(seen, k), n) for k,n in zip(Levels._fields, codec.n_codes)}
-        yield f'bits.histogram.seed{seed}',{k:t.bits(getattr(codes, k)).mean().item()/getattr(codes, k)[0].numel() for k,t in tables.items()}
-        for name,change in ARMS.items():
-            start = time.perf_counter()
-            tok,prior = make_prior(config, codec, **change)
-            model = TwoLevelModel(codec, prior, 0., (config['lr'], config['lr'])) # the codec is trained: its share is 0
-            train_arm(model, tok, data, config, s['images'], seed, precision)
-            took = time.perf_counter()-start
-            yield f'bits.{name}.seed{seed}',bits_per_code(prior, tok, codes, b.captions)
-            if name=='pixelcnn':
-                other = b.captions[1:]+b.captions[:1]
-                yield f'bits.other_caption.seed{seed}',bits_per_code(prior, tok, codes, other)
-                yield f'bits.no_caption.seed{seed}',bits_per_code(prior, tok, codes, ['']*len(other))
-            row = evaluate(model.painter(tok, config), data, judge, s['n'], seed)
-            row |= dict(recipe=f'pixelcnn.{name}', params=sum(p.numel() for p in model.net.parameters()), images=s['images'])
-            yield f'arms.{name}.seed{seed}',row|dict(train_seconds=took, nfe=model.calls(config))
-        for t,w in s['ways']:
-            row = evaluate(model.painter(tok, config|dict(temperature=t, guidance=w)), data, judge, s['n'], seed)
-            short = {k:row[k] for k in ('fd','precision','recall','seconds_per_1000')}|dict(obedience=row['obedience']['all'])
-            yield f'ways.seed{seed}.t{round(100*t)}w{round(100*w)}',short|dict(temperature=t, guidance=w)
-    data = load('painted')
-    config,judge = recipe_for(data, scale),judge_for(data)
-    for seed in seeds:
+        return {k:t.bits(getattr(codes, k)).mean().item()/getattr(codes, k)[0].numel() for k,t in tables.items()}
+    @lru_cache(1) # all keys of an arm ask for its model
+    def trained(name, seed):
+        codec,start = coded(seed)[0],time.perf_counter()
+        tok,prior = make_prior(config, codec, **ARMS[name])
+        model = TwoLevelModel(codec, prior, 0., (config['lr'], config['lr'])) # the codec is trained: its share is 0
+        train_arm(model, tok, data, config, s['images'], seed, precision)
+        return tok,model,time.perf_counter()-start
+    def bits(name, said, seed):
+        (tok,model,_),(_,codes,b) = trained(name, seed),coded(seed)
+        captions = dict(own=b.captions, other=b.captions[1:]+b.captions[:1], none=['']*len(b.captions))[said]
+        return bits_per_code(model.prior, tok, codes, captions)
+    def row(name, seed):
+        tok,model,took = trained(name, seed)
+        row = evaluate(model.painter(tok, config), data, judge, s['n'], seed)
+        row |= dict(recipe=f'pixelcnn.{name}', params=sum(p.numel() for p in model.net.parameters()), images=s['images'])
+        return row|dict(train_seconds=took, nfe=model.calls(config))
+    def way(t, w, seed):
+        tok,model,_ = trained(list(ARMS)[-1], seed)
+        row = evaluate(model.painter(tok, config|dict(temperature=t, guidance=w)), data, judge, s['n'], seed)
+        short = {k:row[k] for k in ('fd','precision','recall','seconds_per_1000')}|dict(obedience=row['obedience']['all'])
+        return short|dict(temperature=t, guidance=w)
+    def what_stays(seed):
         torch.manual_seed(seed)
+        config = recipe_for(painted, scale)
         tok,model = build(config)
-        train_arm(model, tok, data, config, s['painted'], seed, precision)
-        yield f'kept.seed{seed}',kept(model, tok, data, judge, s['n'], seed)
+        train_arm(model, tok, painted, config, s['painted'], seed, precision)
+        return kept(model, tok, painted, judge_for(painted), s['n'], seed)
+    yield 'setting',setting
+    for seed in seeds:
+        yield f'bits.histogram.seed{seed}',partial(histogram, seed)
+        for name in ARMS:
+            yield f'bits.{name}.seed{seed}',partial(bits, name, 'own', seed)
+            if name=='pixelcnn':
+                yield f'bits.other_caption.seed{seed}',partial(bits, name, 'other', seed)
+                yield f'bits.no_caption.seed{seed}',partial(bits, name, 'none', seed)
+            yield f'arms.{name}.seed{seed}',partial(row, name, seed)
+        for t,w in s['ways']: yield f'ways.seed{seed}.t{round(100*t)}w{round(100*w)}',partial(way, t, w, seed)
+    for seed in seeds: yield f'kept.seed{seed}',partial(what_stays, seed)

@@ -8,6 +8,7 @@ __all__ = ['MEASURES', 'HEAD', 'tensor_bytes', 'kept_bytes', 'training_memory', 
 
 # %% ../../nbs/13_capstone/90_report_card.ipynb #a10e99eb
 import statistics
+from functools import partial
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from ..codec.vae import lookalikes
@@ -173,17 +174,19 @@ def diffusion_arm(
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # of weights, data and noise
-):                    # yields ('key.path', value)
+):                    # yields ('key.path', make), and make() gives the value
     "Modes of stacked digits, and five settings, for diffusion: what `t2i run adversarial` measures for two GANs"
     s,judge,precision = SWEEP[scale],load_judge('digits'),'bf16' if bf16_pays(pick_device()) else 'fp32'
     stacked,digits = Stacked(),load('digits')
-    yield 'diffusion.setting',dict(images=s['images'], few=s['few'], stacked=s['stacked'], n=s['n'], precision=precision)
-    for seed in seeds:
+    def modes(seed):
         draw = diffusion_arm(stacked, scale, s['images'], seed, precision)
-        x = draw([stacked.caption]*s['stacked'], seed).clamp(-1, 1)
-        yield f'diffusion.modes.seed{seed}',len(modes_of(x, judge).unique())
+        return len(modes_of(draw([stacked.caption]*s['stacked'], seed).clamp(-1, 1), judge).unique())
+    def setting(factor, beta, seed):
+        draw = diffusion_arm(digits, scale, s['few'], seed, precision, factor, beta, w=2.)
+        row = evaluate(draw, digits, judge, s['n'], seed, 0)
+        return dict(factor=factor, beta=beta, fd=row['fd'], recall=row['recall'], obedience_all=row['obedience']['all'])
+    yield 'diffusion.setting',lambda: dict(images=s['images'], few=s['few'], stacked=s['stacked'], n=s['n'], precision=precision)
+    for seed in seeds:
+        yield f'diffusion.modes.seed{seed}',partial(modes, seed)
         for i,(factor,beta) in enumerate(SETTINGS[:s['settings']]):
-            draw = diffusion_arm(digits, scale, s['few'], seed, precision, factor, beta, w=2.)
-            row = evaluate(draw, digits, judge, s['n'], seed, 0)
-            yield f'diffusion.settings.{i}.seed{seed}',dict(factor=factor, beta=beta, fd=row['fd'], recall=row['recall'],
-                                                            obedience_all=row['obedience']['all'])
+            yield f'diffusion.settings.{i}.seed{seed}',partial(setting, factor, beta, seed)

@@ -8,6 +8,7 @@ __all__ = ['PICTURES', 'SIZES', 'KINDS', 'BARE', 'ARMS', 'SWEEP', 'gumbel', 'rel
 
 # %% ../../nbs/03_codec/27_dvae.ipynb #5851ce32
 import math, time
+from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -264,22 +265,25 @@ SWEEP = dict(smoke=dict(images=128, painted=64, n=24), demo=dict(images=5_000, p
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # of weights and noise
-):                    # yields (key, value)
+):                    # yields (key, make), and make() gives the value
     "On digits: temperature, KL weight, soft against hard codes, transformer against convolutions; measured rows on painted digits"
     s,digits,painted = SWEEP[scale],load('digits'),load('painted')
     precision,judge = 'bf16' if bf16_pays() else 'fp32',judge_for(painted)
-    n = at_most(digits, s['n'])
-    x = digits.batch('test', Draws(3, torch.arange(n))).x
-    yield 'setting',dict(s, precision=precision, variance=x.var().item(), fd_floor=reference(painted, judge, s['n'])['fd_floor'])
+    def test(data, n): return data.batch('test', Draws(3, torch.arange(n))).x
+    unseen = partial(test, digits, at_most(digits, s['n']))
+    def setting(): return dict(s, precision=precision, variance=unseen().var().item(), fd_floor=reference(painted, judge, s['n'])['fd_floor'])
+    def on_digits(name, seed):
+        tok,model,took = fit(digits, recipe_for(digits, scale)|ARMS[name], s['images'], seed, precision)
+        params = sum(p.numel() for p in model.net.parameters())
+        return inspect(model.codec, unseen())|dict(params=params, images=s['images'], train_seconds=took)
+    def on_painted(kind, seed):
+        config = recipe_for(painted, scale)|dict(kind=kind)
+        tok,model,took = fit(painted, config, s['painted'], seed, precision)
+        row = evaluate(model.painter(tok, config), painted, judge, s['n'], seed, s['n']//2)
+        about = dict(recipe=f'dvae.{kind}', params=sum(p.numel() for p in model.net.parameters()), images=s['painted'], train_seconds=took,
+                     nfe=1)
+        return row|about|inspect(model.codec, test(painted, s['n']))
+    yield 'setting',setting
     for seed in seeds:
-        for name,own in ARMS.items():
-            tok,model,took = fit(digits, recipe_for(digits, scale)|own, s['images'], seed, precision)
-            params = sum(p.numel() for p in model.net.parameters())
-            yield f'arms.{name}.{seed}',inspect(model.codec, x)|dict(params=params, images=s['images'], train_seconds=took)
-        for kind in KINDS:
-            config = recipe_for(painted, scale)|dict(kind=kind)
-            tok,model,took = fit(painted, config, s['painted'], seed, precision)
-            row = evaluate(model.painter(tok, config), painted, judge, s['n'], seed, s['n']//2)
-            about = dict(recipe=f'dvae.{kind}', params=sum(p.numel() for p in model.net.parameters()), images=s['painted'], train_seconds=took,
-                         nfe=1)
-            yield f'painted.{kind}.{seed}',row|about|inspect(model.codec, painted.batch('test', Draws(3, torch.arange(s['n']))).x)
+        for name in ARMS: yield f'arms.{name}.{seed}',partial(on_digits, name, seed)
+        for kind in KINDS: yield f'painted.{kind}.{seed}',partial(on_painted, kind, seed)

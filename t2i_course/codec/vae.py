@@ -11,6 +11,7 @@ __all__ = ['LDM_KL_F8', 'PICTURES', 'SIZES', 'SWEEP', 'ARMS', 'WHITENING', 'KL_F
 
 # %% ../../nbs/03_codec/24_vae.ipynb #f829b608
 import hashlib, json, os, re, time
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 import torch
@@ -478,26 +479,37 @@ def examine(
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # of weights, data and noise
-):                    # yields ('key.path', value)
+):                    # yields ('key.path', make), and make() gives the value
     "The four losses, each taken away in turn, on painted digits; read by the judge and by a reader that took no part"
     s,data,judge = SWEEP[scale],load('painted'),load_judge('painted')
     precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
-    reader = train_judge(data, s['reader'], seed=1, width=.5)
-    x,captions = data.batch('test', Draws(3, torch.arange(s['n'])))[:2]
-    yield 'setting',dict(s, precision=precision, seeds=list(seeds), fd_floor=reference(data, judge, at_most(data, s['n']))['fd_floor'],
-                         judge=obedience(judge, x, data, captions)['all'], reader=obedience(reader, x, data, captions)['all'])
+    @cache
+    def reader(): return train_judge(data, s['reader'], seed=1, width=.5)
+    @cache
+    def test(): return data.batch('test', Draws(3, torch.arange(s['n'])))[:2]
+    def setting():
+        x,captions = test()
+        return dict(s, precision=precision, seeds=list(seeds), fd_floor=reference(data, judge, at_most(data, s['n']))['fd_floor'],
+                    judge=obedience(judge, x, data, captions)['all'], reader=obedience(reader(), x, data, captions)['all'])
+    @lru_cache(1) # both keys of an arm ask for its model
+    def trained(name, seed):
+        config,start = recipe_for(data, scale)|ARMS[name],time.perf_counter()
+        return config,*fit(data, config, s['images'], seed, precision),time.perf_counter()-start
+    def losses(name, seed):
+        codec,device,(x,captions) = trained(name, seed)[2].codec,pick_device(),test()
+        with torch.no_grad(): y = codec(x.to(device)).cpu().clamp(-1, 1)
+        own = examine(codec, x.to(device), Perceptual(judge).to(device), Draws(seed, torch.arange(len(x)), device))
+        return own|{k:obedience(j, y, data, captions)['all'] for k,j in dict(judge=judge, reader=reader()).items()}
+    def row(name, seed):
+        config,tok,model,took = trained(name, seed)
+        row = evaluate(model.painter(tok, config), data, judge, s['n'], seed, s['n']//2)
+        row |= dict(recipe=f'vae.{name}', params=sum(p.numel() for p in model.codec.parameters()), images=s['images'])
+        return row|dict(train_seconds=took, nfe=model.calls(config))
+    yield 'setting',setting
     for seed in seeds:
-        for name,change in ARMS.items():
-            config = recipe_for(data, scale)|change
-            start = time.perf_counter()
-            tok,model = fit(data, config, s['images'], seed, precision)
-            took,codec,device = time.perf_counter()-start,model.codec,pick_device()
-            with torch.no_grad(): y = codec(x.to(device)).cpu().clamp(-1, 1)
-            own = examine(codec, x.to(device), Perceptual(judge).to(device), Draws(seed, torch.arange(len(x)), device))
-            yield f'losses.{name}.seed{seed}',own|{k:obedience(j, y, data, captions)['all'] for k,j in dict(judge=judge, reader=reader).items()}
-            row = evaluate(model.painter(tok, config), data, judge, s['n'], seed, s['n']//2)
-            row |= dict(recipe=f'vae.{name}', params=sum(p.numel() for p in codec.parameters()), images=s['images'])
-            yield f'arms.{name}.seed{seed}',row|dict(train_seconds=took, nfe=model.calls(config))
+        for name in ARMS:
+            yield f'losses.{name}.seed{seed}',partial(losses, name, seed)
+            yield f'arms.{name}.seed{seed}',partial(row, name, seed)
 
 # %% ../../nbs/03_codec/24_vae.ipynb #6fe5408f
 WHITENING = dict( # scale, shift: x0 = (z - shift) * scale, as each model's configuration says

@@ -9,6 +9,7 @@ __all__ = ['PICTURES', 'SIZES', 'SWEEP', 'BETAS', 'BOOKS', 'THROUGH', 'GRIDS', '
 
 # %% ../../nbs/03_codec/25_vqvae.ipynb #6e7855ab
 import math, time
+from functools import cache, lru_cache, partial
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
@@ -345,28 +346,36 @@ BOOK_SIZES = (64, 512)
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # of weights, data and restarts
-):                    # yields ('key.path', value)
+):                    # yields ('key.path', make), and make() gives the value
     "Grids and codebooks on painted digits; on digits the weight beta, ways to learn the codebook, the straight-through step"
     s,painted,digits = SWEEP[scale],load('painted'),load('digits')
     precision,device = 'bf16' if bf16_pays(pick_device()) else 'fp32',pick_device()
-    judge = judge_for(painted)
-    test = {d.name:d.batch('test', Draws(3, torch.arange(at_most(d, s['n'])))).x.to(device) for d in (painted, digits)}
-    yield 'setting',dict(s, precision=precision, seeds=list(seeds), variance={k:v.var().item() for k,v in test.items()},
-                         fd_floor=reference(painted, judge, at_most(painted, s['n']))['fd_floor'])
+    judge,base = judge_for(painted),recipe_for(digits, scale)
+    arms = {f'book.{name}':(own, None) for name,own in BOOKS.items()}
+    arms |= {f'beta.{round(100*b)}':(dict(beta=b), None) for b in BETAS} # a point would end the key
+    arms |= {f'through.{name}':(own, Blocked) for name,own in THROUGH.items()}
+    @cache
+    def test(): return {d.name:d.batch('test', Draws(3, torch.arange(at_most(d, s['n'])))).x.to(device) for d in (painted, digits)}
+    def setting():
+        return dict(s, precision=precision, seeds=list(seeds), variance={k:v.var().item() for k,v in test().items()},
+                    fd_floor=reference(painted, judge, at_most(painted, s['n']))['fd_floor'])
+    @lru_cache(1) # both keys of an arm ask for its model
+    def trained(grid, k, seed):
+        config,start = recipe_for(painted, scale)|GRIDS[grid]|dict(n_codes=k),time.perf_counter()
+        return config,*fit(painted, config, s['painted'], seed, precision),time.perf_counter()-start
+    def codes(*arm): return inspect(trained(*arm)[2].codec, test()['painted'])
+    def row(grid, k, seed):
+        config,tok,model,took = trained(grid, k, seed)
+        row = evaluate(model.painter(tok, config), painted, judge, s['n'], seed, s['n']//2)
+        row |= dict(recipe=f'vqvae.{grid}x{k}', params=sum(p.numel() for p in model.net.parameters()), images=s['painted'])
+        return row|dict(train_seconds=took, nfe=model.calls(config))
+    def on_digits(name, seed):
+        own,q = arms[name]
+        return inspect(fit(digits, base|own, s['images'], seed, precision, q)[1].codec, test()['digits'])
+    yield 'setting',setting
     for seed in seeds:
-        for grid,own in GRIDS.items():
+        for grid in GRIDS:
             for k in BOOK_SIZES:
-                config,start = recipe_for(painted, scale)|own|dict(n_codes=k),time.perf_counter()
-                tok,model = fit(painted, config, s['painted'], seed, precision)
-                took = time.perf_counter()-start
-                yield f'grids.{grid}.{k}.seed{seed}',inspect(model.codec, test['painted'])
-                row = evaluate(model.painter(tok, config), painted, judge, s['n'], seed, s['n']//2)
-                row |= dict(recipe=f'vqvae.{grid}x{k}', params=sum(p.numel() for p in model.net.parameters()), images=s['painted'])
-                yield f'arms.{grid}.{k}.seed{seed}',row|dict(train_seconds=took, nfe=model.calls(config))
-        base = recipe_for(digits, scale)
-        arms = {f'book.{name}':(own, None) for name,own in BOOKS.items()}
-        arms |= {f'beta.{round(100*b)}':(dict(beta=b), None) for b in BETAS} # a point would end the key
-        arms |= {f'through.{name}':(own, Blocked) for name,own in THROUGH.items()}
-        for name,(own,q) in arms.items():
-            tok,model = fit(digits, base|own, s['images'], seed, precision, q)
-            yield f'{name}.seed{seed}',inspect(model.codec, test['digits'])
+                yield f'grids.{grid}.{k}.seed{seed}',partial(codes, grid, k, seed)
+                yield f'arms.{grid}.{k}.seed{seed}',partial(row, grid, k, seed)
+        for name in arms: yield f'{name}.seed{seed}',partial(on_digits, name, seed)

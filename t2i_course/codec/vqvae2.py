@@ -8,6 +8,7 @@ __all__ = ['PICTURES', 'SIZES', 'SWEEP', 'bits', 'Levels', 'VQVAE2', 'recipe_for
 
 # %% ../../nbs/03_codec/26_vqvae2.ipynb #d4528163
 import math, time
+from functools import lru_cache, partial
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
@@ -260,21 +261,29 @@ def arms()->dict: # name -> config -> codec
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # of weights and data
-):                    # yields ('key.path', value)
+):                    # yields ('key.path', make), and make() gives the value
     "Two levels, two levels with the fine codes hidden now and then, and one level with equal bits"
     s,data = SWEEP[scale],load('painted')
     judge,precision = judge_for(data),'bf16' if bf16_pays(pick_device()) else 'fp32'
     config = recipe_for(data, scale)
-    yield 'setting',dict(s, precision=precision, seeds=list(seeds), n_codes=list(config['n_codes']),
-                         fd_floor=reference(data, judge, at_most(data, s['n']))['fd_floor'])
+    def setting():
+        return dict(s, precision=precision, seeds=list(seeds), n_codes=list(config['n_codes']),
+                    fd_floor=reference(data, judge, at_most(data, s['n']))['fd_floor'])
+    @lru_cache(1) # both keys of an arm ask for its model
+    def trained(name, seed):
+        torch.manual_seed(seed)
+        start,model = time.perf_counter(),CodesModel(arms()[name](config))
+        tok = WordTokenizer(config['words'], config['max_len'])
+        train_arm(model, tok, data, config, s['images'], seed, precision)
+        return tok,model,time.perf_counter()-start
+    def row(name, seed):
+        tok,model,took = trained(name, seed)
+        row = evaluate(model.painter(tok, config), data, judge, s['n'], seed, s['n']//2)|measure(model.codec, data, s['n'])
+        row |= dict(recipe=f'vqvae2.{name}', params=sum(p.numel() for p in model.net.parameters()), images=s['images'])
+        return row|dict(train_seconds=took, nfe=1)
+    def where(name, seed): return said_where(trained(name, seed)[1].codec, data, judge, s['n'], s['read'])
+    yield 'setting',setting
     for seed in seeds:
-        for name,make in arms().items():
-            torch.manual_seed(seed)
-            start,model = time.perf_counter(),CodesModel(make(config))
-            tok = WordTokenizer(config['words'], config['max_len'])
-            train_arm(model, tok, data, config, s['images'], seed, precision)
-            took = time.perf_counter()-start
-            row = evaluate(model.painter(tok, config), data, judge, s['n'], seed, s['n']//2)|measure(model.codec, data, s['n'])
-            row |= dict(recipe=f'vqvae2.{name}', params=sum(p.numel() for p in model.net.parameters()), images=s['images'])
-            yield f'arms.{name}.seed{seed}',row|dict(train_seconds=took, nfe=1)
-            if name!='one': yield f'where.{name}.seed{seed}',said_where(model.codec, data, judge, s['n'], s['read'])
+        for name in arms():
+            yield f'arms.{name}.seed{seed}',partial(row, name, seed)
+            if name!='one': yield f'where.{name}.seed{seed}',partial(where, name, seed)

@@ -10,7 +10,7 @@ __all__ = ['SIZES', 'PARADIGM', 'ETA', 'linear_betas', 'Coefs', 'VP', 'view', 'e
 
 # %% ../../nbs/04_diffusion/30_ddpm.ipynb #3008e3c5
 import math
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
@@ -438,24 +438,32 @@ def weighted_by_bound(
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # a run each
-):                    # yields (key, value)
+):                    # yields (key, make), and make() gives the value
     "The sweeps of the DDPM chapter on digits: target, weighting of the loss, variance of the sampler"
     data = load('digits')
     n,images = dict(smoke=(32,320), demo=(400,30_000), full=(10_000,1_000_000))[scale]
     config = recipe(data.shape[0], data.words, scale=scale)
     arms = dict(eps=(eps, False), x0=(x0, False), v=(v, False), vlb=(eps, True)) # target, weighted by the bound
+    @lru_cache(1) # all keys of an arm ask for its model
+    def trained(arm, seed):
+        torch.manual_seed(seed)
+        (tok,den),(target,by_bound) = build(config),arms[arm]
+        den.target = target
+        train_arm(den, tok, data, config, images, seed, loss=by_bound and weighted_by_bound(den))
+        return tok,den
+    def objective(arm, seed):
+        tok,den = trained(arm, seed)
+        draw = drawer(den, tok, data.shape, times(config, 25), config['guidance'])
+        test = data.batch('test', Draws(seed, torch.arange(min(n, 256))))
+        bits = bits_per_dim(den, test.x, tok(test.captions), Draws(seed, torch.arange(len(test.x))))
+        return dict(evaluate(draw, data, n=n), bits=bits.mean().item())
+    def variance(large, n_steps, seed):
+        tok,den = trained('eps', seed)
+        return evaluate(drawer(den, tok, data.shape, times(config, n_steps), large=large), data, n=2*n//5)
     for seed in seeds:
-        for arm,(target,by_bound) in arms.items():
-            torch.manual_seed(seed)
-            tok,den = build(config)
-            den.target = target
-            train_arm(den, tok, data, config, images, seed, loss=by_bound and weighted_by_bound(den))
-            draw = drawer(den, tok, data.shape, times(config, 25), config['guidance'])
-            test = data.batch('test', Draws(seed, torch.arange(min(n, 256))))
-            bits = bits_per_dim(den, test.x, tok(test.captions), Draws(seed, torch.arange(len(test.x))))
-            yield f'objective.{arm}.seed{seed}',dict(evaluate(draw, data, n=n), bits=bits.mean().item())
+        for arm in arms:
+            yield f'objective.{arm}.seed{seed}',partial(objective, arm, seed)
             if arm!='eps': continue
             for n_steps in (50,) if scale=='smoke' else (50,1000):
                 for name,large in dict(posterior=False, beta=True).items():
-                    draw = drawer(den, tok, data.shape, times(config, n_steps), large=large)
-                    yield f'variance.{name}.{n_steps}.seed{seed}',evaluate(draw, data, n=2*n//5)
+                    yield f'variance.{name}.{n_steps}.seed{seed}',partial(variance, large, n_steps, seed)

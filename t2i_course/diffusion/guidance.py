@@ -10,8 +10,8 @@ __all__ = ['LEARNED', 'ZEROS', 'TS', 'BOUND', 'FIXES', 'SPANS', 'GRID', 'FEW', '
            'on_digits', 'on_painted', 'experiments']
 
 # %% ../../nbs/04_diffusion/35_guidance.ipynb #5eb71822
-import time
-from functools import partial
+import copy, time
+from functools import cache, lru_cache, partial
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -392,91 +392,113 @@ def on_digits(
     s:dict,        # row of SWEEP
     scale:str,     # smoke, demo or full
     seed:int,      # of weights, data and noise
-):                 # yields (key, value)
+):                 # yields (key, make)
     "One base model: both kinds of guidance, spans; then an arm for each dropout rate and each null"
     data = load('digits')
-    config,make = recipe(data.shape[0], data.words, scale=scale),{}
-    def arm(p_drop, null):
-        if (p_drop, null) not in make:
-            tok,den = digits_model(config, seed, p_drop, null)
-            start = time.perf_counter()
-            train_arm(den, tok, data, config, s['images'], seed)
-            make[p_drop, null] = tok,den,time.perf_counter()-start
-        return make[p_drop, null][:2]
-    tok,den = arm(.1, 'text')
-    look = lambda guide, den=den: measured(painter(den, tok, data.shape, guide, s['steps']), data, s['n'], seed)
-    rows = [look(partial(guided, w=w)) for w in s['scales']]
-    yield f'digits.free.seed{seed}',[short(r) for r in rows]
-    best = look(partial(guided, w=2.))
-    yield f'row.seed{seed}',best|dict(recipe='guidance', params=sum(p.numel() for p in den.net.parameters()),
-                                      images=s['images'], train_seconds=make[.1, 'text'][2], nfe=2*s['steps'])
-    read = label_reader(tok)
-    for name,noisy in dict(noisy=True, clean=False).items():
-        clf = train_classifier(den.process, tok, data, s['classifier'], noisy, seed)
-        yield f'classifier.{name}.seed{seed}',accuracy_by_t(clf, den.process, tok, data, TS)
-        rows = [look(by_classifier(clf, read, k)) for k in s['classifier_scales']]
-        yield f'digits.{name}.seed{seed}',[short(r) for r in rows]
-        if not noisy: continue
-        guides = dict(none=interval(1.), free=interval(2.), classifier=by_classifier(clf, read, 2.))
+    config = recipe(data.shape[0], data.words, scale=scale)
+    @cache # the base model is asked for again and again
+    def arm(p_drop=.1, null='text'):
+        tok,den = digits_model(config, seed, p_drop, null)
+        start = time.perf_counter()
+        train_arm(den, tok, data, config, s['images'], seed)
+        return tok,den,time.perf_counter()-start
+    def look(guide, den=None):
+        tok,base,_ = arm()
+        return measured(painter(den or base, tok, data.shape, guide, s['steps']), data, s['n'], seed)
+    def row():
+        params = sum(p.numel() for p in arm()[1].net.parameters())
+        return look(partial(guided, w=2.))|dict(recipe='guidance', params=params, images=s['images'], train_seconds=arm()[2], nfe=2*s['steps'])
+    @lru_cache(1)
+    def classifier(noisy):
+        tok,den,_ = arm()
+        return train_classifier(den.process, tok, data, s['classifier'], noisy, seed),label_reader(tok)
+    def accuracy(noisy):
+        tok,den,_ = arm()
+        return accuracy_by_t(classifier(noisy)[0], den.process, tok, data, TS)
+    def scaled(noisy): return [short(look(by_classifier(*classifier(noisy), k))) for k in s['classifier_scales']]
+    def costs():
+        tok,den,_ = arm()
+        guides = dict(none=interval(1.), free=interval(2.), classifier=by_classifier(*classifier(True), 2.))
         captions = [f'a handwritten {d}' for d in NUMBERS]*(1 if scale=='smoke' else 10)
-        draws = {k:painter(den, tok, data.shape, g, s['steps']) for k,g in guides.items()}
-        yield f'cost.seed{seed}',{k:cost(draw, captions, s['steps']) for k,draw in draws.items()}
-    yield f'spans.seed{seed}',{k:short(look(interval(3., *span))) for k,span in SPANS.items()}
-    for p in s['p_drop']:
-        one = arm(p, 'text')[1]
-        both_w = {f'{w:.0f}':short(look(partial(guided, w=w), one)) for w in (1.,3.)}
-        yield f'dropout.{round(100*p)}.seed{seed}',both_w
+        return {k:cost(painter(den, tok, data.shape, g, s['steps']), captions, s['steps']) for k,g in guides.items()}
+    def dropout(p): return {f'{w:.0f}':short(look(partial(guided, w=w), arm(p, 'text')[1])) for w in (1.,3.)}
+    def other_null(trained, name):
+        tok,den,_ = arm(.1, trained)
+        one = copy.copy(den) # the same network
+        one.null = nulls(tok)[name].to(pick_device())
+        return short(look(partial(guided, w=3.), one))
+
+    yield f'digits.free.seed{seed}',lambda: [short(look(partial(guided, w=w))) for w in s['scales']]
+    yield f'row.seed{seed}',row
+    for name,noisy in dict(noisy=True, clean=False).items():
+        yield f'classifier.{name}.seed{seed}',partial(accuracy, noisy)
+        yield f'digits.{name}.seed{seed}',partial(scaled, noisy)
+        if noisy: yield f'cost.seed{seed}',costs
+    yield f'spans.seed{seed}',lambda: {k:short(look(interval(3., *span))) for k,span in SPANS.items()}
+    for p in s['p_drop']: yield f'dropout.{round(100*p)}.seed{seed}',partial(dropout, p)
     for trained in ('text','learned','zeros'):
-        one = arm(.1, trained)[1]
-        for name,null in nulls(tok).items():
-            one.null = null.to(pick_device())
-            yield f'null.{trained}.{name}.seed{seed}',short(look(partial(guided, w=3.), one))
+        for name in ('text','learned','zeros'): yield f'null.{trained}.{name}.seed{seed}',partial(other_null, trained, name)
 
 # %% ../../nbs/04_diffusion/35_guidance.ipynb #95857aea
 def on_painted(
     s:dict,    # row of SWEEP
     scale:str, # smoke, demo or full
     seed:int,  # of weights, data and noise
-    tables:dict=None, # of the fitted skip
-):                    # yields (key, value)
+    tables,    # tables() -> of the fitted skip, or None: fit it here
+):             # yields (key, make)
     "One model: the sweep of w, and saturation with every remedy"
     data = load('painted')
     config,precision = recipe(3, data.words, scale=scale),'bf16' if bf16_pays(pick_device()) else 'fp32'
-    tok,den = painted_model(config, data, seed, tables)
-    start = time.perf_counter()
-    loss = train_arm(den, tok, data, config, s['painted'], seed, precision)
-    took = time.perf_counter()-start
-    draw = lambda guide, clamp=1.: painter(den, tok, data.shape, guide, s['steps'], clamp)
-    held = lambda w: s['n']//2 if w in (1.,2.) else 0
-    rows = [measured(draw(partial(guided, w=w)), data, s['n'], seed, held(w)) for w in s['painted_scales']]
-    yield f'painted.free.seed{seed}',[short(r)|dict(heldout=r.get('heldout', {}).get('all')) for r in rows]
-    row = dict(zip(s['painted_scales'], rows)).get(2., rows[0])
-    params = sum(p.numel() for p in den.net.parameters())
-    yield f'painted.row.seed{seed}',row|dict(recipe='guidance', params=params, loss=loss, images=s['painted'],
-                                             train_seconds=took, nfe=2*s['steps'])
     captions,judge = on_gray(data),judge_for(data)
     captions = captions[::max(1, len(captions)//s['gray'])][:s['gray']]
-    for name,(guide,clamp) in FIXES.items():
-        found = []
+    @cache
+    def trained():
+        tok,den = painted_model(config, data, seed, tables())
+        start = time.perf_counter()
+        loss = train_arm(den, tok, data, config, s['painted'], seed, precision)
+        return tok,den,dict(loss=loss, images=s['painted'], train_seconds=time.perf_counter()-start)
+    def draw(guide, clamp=1.):
+        tok,den,_ = trained()
+        return painter(den, tok, data.shape, guide, s['steps'], clamp)
+    @cache
+    def look(w): return measured(draw(partial(guided, w=w)), data, s['n'], seed, s['n']//2 if w in (1.,2.) else 0)
+    def free(): return [short(look(w))|dict(heldout=look(w).get('heldout', {}).get('all')) for w in s['painted_scales']]
+    def row():
+        _,den,made = trained()
+        row = look(2. if 2. in s['painted_scales'] else s['painted_scales'][0])
+        return row|made|dict(recipe='guidance', params=sum(p.numel() for p in den.net.parameters()), nfe=2*s['steps'])
+    def fixes(name):
+        (guide,clamp),found = FIXES[name],[]
         for w in s['fix_scales']:
             x = draw(guide(w), clamp)(captions, seed)
             obeyed = obedience(judge, x.clamp(-1, 1), data, captions)['all']
             found.append(dict(saturation=saturation(x), obedience=obeyed))
-        yield f'fixes.{name}.seed{seed}',found
-        yield f'fixed.{name}.seed{seed}',short(measured(draw(guide(2.), clamp), data, s['n'], seed))
+        return found
+    def fixed(name):
+        guide,clamp = FIXES[name]
+        return short(measured(draw(guide(2.), clamp), data, s['n'], seed))
+
+    yield f'painted.free.seed{seed}',free
+    yield f'painted.row.seed{seed}',row
+    for name in FIXES:
+        yield f'fixes.{name}.seed{seed}',partial(fixes, name)
+        yield f'fixed.{name}.seed{seed}',partial(fixed, name)
 
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # of weights, data and start noise
-):                    # yields ('key.path', value)
+):                    # yields ('key.path', make), and make() gives the value
     "Guidance with and without a classifier, dropout rates, nulls, spans, saturation and its remedies"
     s = SWEEP[scale]
     sets = {k:load(k) for k in ('digits','painted')}
-    floor = {k:reference(d, judge_for(d), at_most(d, s['n']))['fd_floor'] for k,d in sets.items()}
-    _,den = painted_model(recipe(3, sets['painted'].words, scale=scale), sets['painted'])
-    yield 'setting',s|dict(seeds=list(seeds), times=TS, fd_floor=floor, spans={k:list(v) for k,v in SPANS.items()},
-                           phi=.7, ratio=.995, fixed_scale=2.,
-                           precision=dict(digits='fp32', painted='bf16' if bf16_pays(pick_device()) else 'fp32'))
+    @cache
+    def tables(): return painted_model(recipe(3, sets['painted'].words, scale=scale), sets['painted'])[1].skip.tables
+    def setting():
+        floor = {k:reference(d, judge_for(d), at_most(d, s['n']))['fd_floor'] for k,d in sets.items()}
+        return s|dict(seeds=list(seeds), times=TS, fd_floor=floor, spans={k:list(v) for k,v in SPANS.items()},
+                      phi=.7, ratio=.995, fixed_scale=2.,
+                      precision=dict(digits='fp32', painted='bf16' if bf16_pays(pick_device()) else 'fp32'))
+    yield 'setting',setting
     for seed in seeds:
         yield from on_digits(s, scale, seed)
-        yield from on_painted(s, scale, seed, den.skip.tables)
+        yield from on_painted(s, scale, seed, tables)

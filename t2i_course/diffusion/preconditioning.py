@@ -9,6 +9,7 @@ __all__ = ['SWEEP', 'FACTORS', 'SHIFT', 'wiener', 'Guess', 'ScalarSkip', 'featur
 
 # %% ../../nbs/04_diffusion/34_preconditioning.ipynb #4d81b5a0
 import math, time
+from functools import cache, lru_cache, partial
 from typing import NamedTuple
 import torch
 from torch import Tensor
@@ -377,29 +378,58 @@ FACTORS = dict(right=1., quarter=.25, double=2., four=4.) # on sigma_data; doubl
 
 SHIFT = .5 # mean of ln sigma in training, in place of EDM's -1.2
 
+def _pairs(scale:str, seeds, vp, n_ladder:int, precision:str):
+    s,data,device,safer = SWEEP[scale],Painted(),pick_device(),dict(all_pairs=False, stroke_pairs=True)
+    config,judge = recipe(data.shape[0], data.words, scale=scale),judge_for(data)
+    @cache
+    def fitted(name):
+        tok,den = make_arm(config, vp)
+        groups = ladder(vp, tok, data)['caption'].groups
+        den.skip = CaptionGaussian(vp, len(tok), groups, rank=s['rank'], pairs_in_groups=safer[name])
+        return fit_skip(den, data, tok, s['fit']).skip
+    def row(name, images, seed):
+        tok,den = make_arm(config, vp, fitted(name), seed=seed)
+        start = time.perf_counter()
+        if images: train_arm(den, tok, data, config, images, seed, precision)
+        made = dict(recipe=f'DDPM, {name}', images=images, train_seconds=time.perf_counter()-start)
+        den.net.to(device); den.to(device)
+        line = torch.linspace(1, 0, n_ladder+1)
+        draw = drawer(den, tok, data.shape, line, config['guidance'] if images else 1., hold=True, eta=0.)
+        made |= dict(params=sum(p.numel() for p in den.net.parameters()), nfe=n_ladder*(2 if images else 1))
+        return evaluate(draw, data, judge, s['n'], seed, s['n'])|made
+    for name in safer:
+        for seed in seeds:
+            yield f'alone.{name}.seed{seed}',partial(row, name, 0, seed)
+            yield f'pairs.{name}.seed{seed}',partial(row, name, s['painted'], seed)
+
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # of weights, data and start noise
-):                    # yields ('key.path', value)
+):                    # yields ('key.path', make), and make() gives the value
     "EDM against DDPM, Heun against Euler, wrong sigma_data, the ladder of skips; held-out pairs of painted digits"
     s,data = SWEEP[scale],load('digits')
     config,judge = recipe(data.shape[0], data.words, scale=scale),judge_for(data)
     device = pick_device()
     precision = 'bf16' if bf16_pays(device) else 'fp32'
-    vp,edm,w = VP(linear_betas()),EDM(),config['guidance']
-    tok,den = make_arm(config, vp)
-    rungs = ladder(vp, tok, data, s['rank'])
-    for skip in rungs.values():
-        den.skip = skip
-        fit_skip(den, data, tok, s['fit'])
-    sd,n = rungs['scalar'].tables['sigma_data'].item(),at_most(data, s['n'])
+    vp,edm,w,n = VP(linear_betas()),EDM(),config['guidance'],at_most(data, s['n'])
+    tok,_ = make_arm(config, vp)
     line = lambda n: torch.linspace(1, 0, n+1)
     evaluations,n_ladder = 2*s['steps']-1,25 if scale!='smoke' else 3
-    yield 'setting',dict(
-        images=s['images'], ladder_images=s['ladder'], painted_images=s['painted'], fit_images=s['fit'], n=n,
-        evaluations=evaluations, ladder_steps=n_ladder, guidance=w, sigma_data=sd, shift=SHIFT, precision=precision,
-        seeds=list(seeds), fd_floor=reference(data, judge, n)['fd_floor'])
 
+    @cache # fitted once; every arm starts from them
+    def rungs():
+        _,den = make_arm(config, vp)
+        found = ladder(vp, tok, data, s['rank'])
+        for skip in found.values():
+            den.skip = skip
+            fit_skip(den, data, tok, s['fit'])
+        return found
+    def sigma(): return rungs()['scalar'].tables['sigma_data'].item()
+    def setting():
+        return dict(
+            images=s['images'], ladder_images=s['ladder'], painted_images=s['painted'], fit_images=s['fit'], n=n,
+            evaluations=evaluations, ladder_steps=n_ladder, guidance=w, sigma_data=sigma(), shift=SHIFT, precision=precision,
+            seeds=list(seeds), fd_floor=reference(data, judge, n)['fd_floor'])
     def measured(den, seed, ts, w=w, sampler=None):
         den.net.to(device); den.to(device)
         row = evaluate(drawer(den, tok, data.shape, ts, w, eta=0., sampler=sampler), data, judge, n, seed)
@@ -410,45 +440,35 @@ def experiments(
         loss = train_arm(den, tok, data, config, images, seed, precision)
         return den,dict(recipe=name, params=sum(p.numel() for p in den.net.parameters()), images=images,
                         train_seconds=time.perf_counter()-start, loss=loss)
-    def edm_row(seed, sigma_data, **density):
-        skip,times = ScalarSkip(edm, sigma_data),log_normal(edm, **density)
-        den,made = trained(f'EDM, sigma_data {sigma_data:.3f}', s['images'], seed, edm, skip, times=times)
+    def ddpm_row(name, seed):
+        den,made = trained(f'DDPM, {name}', s['images'], seed, vp, ScalarSkip(vp, sigma()) if name=='scalar' else None, eps)
+        return measured(den, seed, line(evaluations))|made
+    @lru_cache(1) # the arm with the right sigma_data is drawn from in several ways
+    def edm_arm(seed, factor, **density):
+        skip,times = ScalarSkip(edm, factor*sigma()),log_normal(edm, **density)
+        den,made = trained(f'EDM, sigma_data {factor*sigma():.3f}', s['images'], seed, edm, skip, times=times)
         return den,measured(den, seed, edm_times(s['steps'], edm), sampler=heun)|made
+    def edm_row(*arm, **density): return edm_arm(*arm, **density)[1]
+    def by_calls(seed, steps, sampler):
+        return measured(edm_arm(seed, FACTORS['right'], mean=SHIFT)[0], seed, edm_times(steps, edm), 1., sampler)
+    def before(name, seed): # a fresh network says 0: what the Gaussian draws by itself
+        return measured(make_arm(config, vp, rungs()[name])[1], seed, line(n_ladder))
+    def rung(name, seed):
+        den,made = trained(f'ladder, {name}', s['ladder'], seed, vp, rungs()[name])
+        return measured(den, seed, line(n_ladder))|made
 
+    yield 'setting',setting
     for seed in seeds:
-        for name,skip in dict(ddpm=None, scalar=ScalarSkip(vp, sd)).items():
-            den,made = trained(f'DDPM, {name}', s['images'], seed, vp, skip, eps)
-            yield f'edm.{name}.seed{seed}',measured(den, seed, line(evaluations))|made
-        yield f'edm.edm.seed{seed}',edm_row(seed, sd)[1]
+        for name in ('ddpm','scalar'): yield f'edm.{name}.seed{seed}',partial(ddpm_row, name, seed)
+        yield f'edm.edm.seed{seed}',partial(edm_row, seed, 1.)
         for name,factor in FACTORS.items():
-            den,row = edm_row(seed, factor*sd, mean=SHIFT)
-            yield f'sigma_data.{name}.seed{seed}',row
+            yield f'sigma_data.{name}.seed{seed}',partial(edm_row, seed, factor, mean=SHIFT)
             if name!='right': continue
-            yield f'edm.shifted.seed{seed}',row
+            yield f'edm.shifted.seed{seed}',partial(edm_row, seed, factor, mean=SHIFT) # the same arm in two comparisons
             for nfe in s['nfe']:
                 for way,steps,sampler in (('euler', nfe, sample), ('heun', (nfe+1)//2, heun)):
-                    yield f'nfe.{way}.{nfe}.seed{seed}',measured(den, seed, edm_times(steps, edm), 1., sampler)
-        for name,skip in rungs.items():
-            if isinstance(skip, CaptionGaussian): # a fresh network says 0: what the Gaussian draws by itself
-                yield f'before.{name}.seed{seed}',measured(make_arm(config, vp, skip)[1], seed, line(n_ladder))
-            den,made = trained(f'ladder, {name}', s['ladder'], seed, vp, skip)
-            yield f'ladder.{name}.seed{seed}',measured(den, seed, line(n_ladder))|made
-
-    data = Painted()
-    config,judge = recipe(data.shape[0], data.words, scale=scale),judge_for(data)
-    tok,_ = make_arm(config, vp)
-    groups = ladder(vp, tok, data)['caption'].groups
-    for name,safer in dict(all_pairs=False, stroke_pairs=True).items():
-        skip = CaptionGaussian(vp, len(tok), groups, rank=s['rank'], pairs_in_groups=safer)
-        for seed in seeds:
-            tok,den = make_arm(config, vp, skip, seed=seed)
-            if not skip.tables: fit_skip(den, data, tok, s['fit'])
-            for images in (0, s['painted']):
-                start = time.perf_counter()
-                if images: train_arm(den, tok, data, config, images, seed, precision)
-                made = dict(recipe=f'DDPM, {name}', images=images, train_seconds=time.perf_counter()-start)
-                den.net.to(device); den.to(device)
-                draw = drawer(den, tok, data.shape, line(n_ladder), w if images else 1., hold=True, eta=0.)
-                row = evaluate(draw, data, judge, s['n'], seed, s['n'])
-                made |= dict(params=sum(p.numel() for p in den.net.parameters()), nfe=n_ladder*(2 if images else 1))
-                yield f"{'pairs' if images else 'alone'}.{name}.seed{seed}",row|made
+                    yield f'nfe.{way}.{nfe}.seed{seed}',partial(by_calls, seed, steps, sampler)
+        for name in ('none','scalar','one','mean','caption'):
+            if name not in ('none','scalar'): yield f'before.{name}.seed{seed}',partial(before, name, seed)
+            yield f'ladder.{name}.seed{seed}',partial(rung, name, seed)
+    yield from _pairs(scale, seeds, vp, n_ladder, precision)

@@ -10,7 +10,7 @@ __all__ = ['SAMPLERS', 'SWEEP', 'walk', 'believed', 'euler', 'exact', 'heun', 's
 
 # %% ../../nbs/04_diffusion/33_samplers.ipynb #8e0b6dd4
 import math, time
-from functools import partial
+from functools import cache, lru_cache, partial
 import torch
 from torch import nn, Tensor
 from ..core.conditioning import Cond
@@ -235,84 +235,106 @@ SWEEP = dict(
                pictures=1000, invert=(10,20,50,100,200,500), look=1000))
 
 def base_sweep(
-    den,       # a trained Denoiser
-    short,     # short(sampler, ts) -> a short row
+    base,      # base() -> tokenizer, trained Denoiser
+    short,     # short(tok, den, sampler, ts) -> a short row
     data,      # captioned pictures
-    tok,       # captions -> Cond
     s:dict,    # a row of SWEEP
     etas,      # numbers of steps of the sweep over eta
     fine:int,  # steps of the ODE's solution
     seed:int,  # of the noise
-):             # yields (key, value)
+):             # yields (key, make)
     "Everything that is measured on one model: samplers, eta, spacing, inversion"
+    def look(sampler, grid, n, **about):
+        tok,den = base()
+        return short(tok, den, sampler, grid(den.process, n))|about
     for nfe in s['nfe']+s['long']:
         for name,sampler in SAMPLERS.items():
             if nfe in s['long'] and name not in ('ancestral','ddim'): continue
             n = steps_for(sampler, nfe)
-            calls = 2*n-1 if sampler is heun else n
-            yield f'nfe.{name}.{nfe}',short(sampler, uniform(den.process, n))|dict(steps=n, calls=calls)
+            yield f'nfe.{name}.{nfe}',partial(look, sampler, uniform, n, steps=n, calls=2*n-1 if sampler is heun else n)
     for n in etas:
-        for share in (0.,.25,.5,.75,1.):
-            yield f'eta.{n}.{int(100*share)}',short(partial(sample, eta=share), uniform(den.process, n))
+        for share in (0.,.25,.5,.75,1.): yield f'eta.{n}.{int(100*share)}',partial(look, partial(sample, eta=share), uniform, n)
     grids = dict(uniform=uniform, leading=leading, rho7=rho_times, log_snr=partial(rho_times, rho=math.inf))
     for name,grid in grids.items():
         for way in ('ddim','heun','dpmpp_2m'):
-            ts = grid(den.process, steps_for(SAMPLERS[way], 10))
-            yield f'spacing.{name}.{way}',short(SAMPLERS[way], ts)
-    b = data.batch('test', Draws(seed, torch.arange(s['pictures'])))
-    cond = tok(b.captions)
-    plain,loud,silent = guided(den, cond),guided(den, cond, 3.),guided(den, tok(['']*len(cond)))
-    noise = Draws(seed, torch.arange(len(cond))).normal('start', *data.shape)
-    for name,errors in solver_errors(plain, den.process, noise, s['nfe'], fine).items(): yield f'solver.{name}',errors
-    cases = dict(caption=(plain, 1, None), empty=(silent, 1, None), guided=(loud, 1, None),
-                 caption_4_rounds=(plain, 4, None), guided_down_only=(plain, 1, loud))
+            yield f'spacing.{name}.{way}',partial(look, SAMPLERS[way], grid, steps_for(SAMPLERS[way], 10))
+    @cache
+    def test():
+        b,(tok,_) = data.batch('test', Draws(seed, torch.arange(s['pictures']))),base()
+        return b.x,tok(b.captions)
+    @cache
+    def solved():
+        (_,den),(_,cond) = base(),test()
+        noise = Draws(seed, torch.arange(len(cond))).normal('start', *data.shape)
+        return solver_errors(guided(den, cond), den.process, noise, s['nfe'], fine)
+    for name in ('ddim','heun','dpmpp_2m'): yield f'solver.{name}',lambda name=name: solved()[name]
+    def inverted(name, n):
+        (tok,den),(x,cond) = base(),test()
+        plain,loud,silent = guided(den, cond),guided(den, cond, 3.),guided(den, tok(['']*len(cond)))
+        up,rounds,down = dict(caption=(plain, 1, None), empty=(silent, 1, None), guided=(loud, 1, None),
+                              caption_4_rounds=(plain, 4, None), guided_down_only=(plain, 1, loud))[name]
+        off,std = inversion_error(up, den.process, x, n, rounds, down)
+        return dict(rms=off, noise_std=std)
     for n in s['invert']:
-        for name,(up,rounds,down) in cases.items():
-            off,std = inversion_error(up, den.process, b.x, n, rounds, down)
-            yield f'inversion.{name}.{n}',dict(rms=off, noise_std=std)
+        for name in ('caption','empty','guided','caption_4_rounds','guided_down_only'):
+            yield f'inversion.{name}.{n}',partial(inverted, name, n)
 
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # of weights, data and start noise
-):                    # yields ('key.path', value)
+):                    # yields ('key.path', make), and make() gives the value
     "Samplers against calls of the network, eta, spacing, inversion, learned variance"
     s,data = SWEEP[scale],load('digits')
     judge,config = judge_for(data),recipe(data.shape[0], data.words, scale=scale)
     precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
-    def row(den, tok, seed, sampler, ts, guide=None):
+    etas,fine = (s['nfe'][:1], 10) if scale=='smoke' else ((10,50), 250)
+    def row(seed, tok, den, sampler, ts, guide=None):
         draw = drawer(den, tok, data.shape, ts, sampler=sampler, guide=guide)
         return evaluate(draw, data, judge, s['n'], seed)
     def short(*args):
         o = row(*args)
         return dict(fd=o['fd'], precision=o['precision'], recall=o['recall'], obedience=o['obedience']['all'])
-    yield 'setting',dict(images=s['images'], n=s['n'], precision=precision, seeds=list(seeds), guidance=1.,
-                         base='target v, linear betas', fd_floor=reference(data, judge, at_most(data, s['n']))['fd_floor'])
-    for seed in seeds:
+    def setting():
+        return dict(images=s['images'], n=s['n'], precision=precision, seeds=list(seeds), guidance=1.,
+                    base='target v, linear betas', fd_floor=reference(data, judge, at_most(data, s['n']))['fd_floor'])
+    @lru_cache(1) # all that is measured on a model follows it
+    def trained(seed):
         torch.manual_seed(seed)
         tok,den = build(config)
         den.target = v
         begin = time.perf_counter()
         train_arm(den, tok, data, config, s['images'], seed, precision)
-        took,params = time.perf_counter()-begin,sum(p.numel() for p in den.net.parameters())
-        yield f'rows.seed{seed}',row(den, tok, seed, dpmpp_2m, uniform(den.process, 20))|dict(
-            recipe='ddpm, target v, dpmpp_2m', params=params, images=s['images'], train_seconds=took, nfe=20)
-        etas,fine = (s['nfe'][:1], 10) if scale=='smoke' else ((10,50), 250)
-        for key,value in base_sweep(den, partial(short, den, tok, seed), data, tok, s, etas, fine, seed):
-            yield f'{key}.seed{seed}',value
-        look = data.batch('test', Draws(seed, torch.arange(s['look'])))
-        draws = Draws(seed, torch.arange(len(look.x)))
+        return tok,den,time.perf_counter()-begin
+    def full_row(seed):
+        tok,den,took = trained(seed)
+        return row(seed, tok, den, dpmpp_2m, uniform(den.process, 20))|dict(
+            recipe='ddpm, target v, dpmpp_2m', params=sum(p.numel() for p in den.net.parameters()),
+            images=s['images'], train_seconds=took, nfe=20)
+    @lru_cache(1)
+    def learned(arm, seed):
+        torch.manual_seed(seed)
+        tok,den = build_learned(config)
+        if arm=='simple': den.hybrid = 0.
+        train_arm(den, tok, data, config, s['images'], seed, precision)
+        return tok,den
+    @lru_cache(1)
+    def all_bits(arm, seed, shares):
+        look,(tok,den) = data.batch('test', Draws(seed, torch.arange(s['look']))),learned(arm, seed)
+        return bits_with(den, look.x, tok(look.captions), Draws(seed, torch.arange(len(look.x))), list(shares), 64)
+    def bits(arm, seed, shares, i): return all_bits(arm, seed, shares)[i].mean().item()
+    def drawn(arm, seed, share, n):
+        tok,den = learned(arm, seed)
+        return short(seed, tok, den, partial(varied, share=share), uniform(den.process, n), three)
+    yield 'setting',setting
+    for seed in seeds:
+        yield f'rows.seed{seed}',partial(full_row, seed)
+        base = lambda seed=seed: trained(seed)[:2]
+        for key,make in base_sweep(base, partial(short, seed), data, s, etas, fine, seed): yield f'{key}.seed{seed}',make
         for arm in ('hybrid','simple'):
-            torch.manual_seed(seed)
-            tok,den = build_learned(config)
-            if arm=='simple': den.hybrid = 0.
-            train_arm(den, tok, data, config, s['images'], seed, precision)
             shares = dict(posterior=0., beta=1.)|(dict(learned=None) if arm=='hybrid' else {})
-            bits = bits_with(den, look.x, tok(look.captions), draws, list(shares.values()), 64)
-            for name,value in zip(shares, bits): yield f'bits.{arm}.{name}.seed{seed}',value.mean().item()
+            for i,name in enumerate(shares): yield f'bits.{arm}.{name}.seed{seed}',partial(bits, arm, seed, tuple(shares.values()), i)
             for name,share in shares.items():
-                for n in s['learned']:
-                    value = short(den, tok, seed, partial(varied, share=share), uniform(den.process, n), three)
-                    yield f'learned.{arm}.{name}.{n}.seed{seed}',value
+                for n in s['learned']: yield f'learned.{arm}.{name}.{n}.seed{seed}',partial(drawn, arm, seed, share, n)
 
 # %% ../../nbs/04_diffusion/33_samplers.ipynb #79c020e2
 @torch.no_grad()

@@ -9,7 +9,7 @@ __all__ = ['SWEEP', 'ARMS', 'log_snr', 'time_at', 'betas_from_abar', 'cosine_bet
 
 # %% ../../nbs/04_diffusion/31_schedules.ipynb #3801f40a
 import math, time
-from functools import partial
+from functools import lru_cache, partial
 import torch
 from torch import Tensor
 from ..core.data import Draws, Painted, load
@@ -231,36 +231,45 @@ def short(
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # of weights, data and start noise
-):                    # yields ('key.path', value)
+):                    # yields ('key.path', make), and make() gives the value
     "The same network on each schedule; linear and cosine without their first steps, and drawn on each other's steps"
     s,processes = SWEEP[scale],schedules()
     precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
     worlds = dict(digits=(load('digits'), load_judge('digits')), painted=(RedOnBlack(), load_judge('painted')))
-    floors = {world: reference(data, judge, at_most(data, s['n']))['fd_floor'] for world,(data,judge) in worlds.items()}
-    yield 'setting',dict(images={k: s[k] for k in worlds}, n=s['n'], steps=s['steps'], w=1., target='v', eta=1.,
-                         precision=precision, seeds=list(seeds), fd_floor=floors)
+    def setting():
+        floors = {world: reference(data, judge, at_most(data, s['n']))['fd_floor'] for world,(data,judge) in worlds.items()}
+        return dict(images={k: s[k] for k in worlds}, n=s['n'], steps=s['steps'], w=1., target='v', eta=1.,
+                    precision=precision, seeds=list(seeds), fd_floor=floors)
+    @lru_cache(1) # all keys of an arm ask for its model
+    def trained(world, name, seed):
+        data,judge = worlds[world]
+        config = recipe(data.shape[0], data.words, scale=scale)
+        tok,den = make_arm(config, processes[name], seed)
+        began = time.perf_counter()
+        loss = train_arm(den, tok, data, config, s[world], seed, precision)
+        made = dict(params=sum(p.numel() for p in den.net.parameters()), images=s[world], train_seconds=time.perf_counter()-began, loss=loss)
+        return den.process,partial(measured, den, tok, data, judge, n=s['n'], seed=seed),made
+    @lru_cache(1)
+    def whole(*arm): # all steps
+        process,draw,_ = trained(*arm)
+        return draw(walk(process, process, s['steps']))
+    def row(world, name, seed): return whole(world, name, seed)|dict(recipe=f'ddpm, v, {name}')|trained(world, name, seed)[2]
+    def skipped(start, n, *arm): # the steps before `start` left out
+        process,draw,_ = trained(*arm)
+        return short(whole(*arm) if start==1 else draw(walk(process, process, n, start)))|dict(start=start, steps=n)
+    def crossed(other, n, *arm):
+        process,draw,_ = trained(*arm)
+        return short(draw(walk(process, process if other==arm[1] else processes[other], n), eta=0.))|dict(steps=n)
+    yield 'setting',setting
     for seed in seeds:
-        for world,(data,judge) in worlds.items():
-            config = recipe(data.shape[0], data.words, scale=scale)
+        for world in worlds:
             for name in ARMS[world]:
-                tok,den = make_arm(config, processes[name], seed)
-                began = time.perf_counter()
-                loss = train_arm(den, tok, data, config, s[world], seed, precision)
-                took = time.perf_counter()-began
-                draw = partial(measured, den, tok, data, judge, n=s['n'], seed=seed)
-                params = sum(p.numel() for p in den.net.parameters())
-                row = draw(walk(den.process, den.process, s['steps']))
-                row |= dict(recipe=f'ddpm, v, {name}', params=params, images=s[world], train_seconds=took, loss=loss)
-                key = name.replace(' ', '_')
-                yield f'arms.{world}.{key}.seed{seed}',row
+                key,arm = name.replace(' ', '_'),(world, name, seed)
+                yield f'arms.{world}.{key}.seed{seed}',partial(row, *arm)
                 if world!='digits' or name not in ('linear', 'cosine'): continue
-                yield f'skip.{key}.100.seed{seed}',short(row)|dict(start=1., steps=s['steps'])
-                for start in s['starts'][1:]: # the steps before it left out, and as many steps as before
+                yield f'skip.{key}.100.seed{seed}',partial(skipped, 1., s['steps'], *arm)
+                for start in s['starts'][1:]: # in place of the steps left out, none or as many new ones
                     for kind,n in dict(skip=round(s['steps']*start), same=s['steps']).items():
-                        value = short(draw(walk(den.process, den.process, n, start)))|dict(start=start, steps=n)
-                        yield f'{kind}.{key}.{round(100*start)}.seed{seed}',value
+                        yield f'{kind}.{key}.{round(100*start)}.seed{seed}',partial(skipped, start, n, *arm)
                 for other in ('linear', 'cosine', 'EDM'):
-                    drawn = den.process if other==name else processes[other]
-                    for n in s['few']:
-                        value = short(draw(walk(den.process, drawn, n), eta=0.))|dict(steps=n)
-                        yield f'cross.{key}.{other}.{n}.seed{seed}',value
+                    for n in s['few']: yield f'cross.{key}.{other}.{n}.seed{seed}',partial(crossed, other, n, *arm)

@@ -9,7 +9,7 @@ __all__ = ['WIDTHS', 'SWEEP', 'Papers', 'brightness', 'Flat', 'rescale_zero_term
 
 # %% ../../nbs/04_diffusion/36_terminal_snr.ipynb #b3bdd10e
 import time
-from functools import partial
+from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -290,23 +290,31 @@ def walks(
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # of weights, data and start noise
-):                    # yields ('key.path', value)
+):                    # yields ('key.path', make), and make() gives the value
     "Brightness of what each schedule, target, spacing and offset lets a model draw"
     s,data,judge = SWEEP[scale],Papers(),load_judge('painted')
     precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
-    config = settings(data, s['images'], scale)
-    yield 'setting',dict(s, w=1., eta=0., precision=precision, seeds=list(seeds),
-                         fd_floor=reference(data, judge, at_most(data, s['n']))['fd_floor'])
+    config,changes = settings(data, s['images'], scale),arms()
+    ways = {k:walks(k, c['process'], s['steps'], s['few'], c.get('offset', 0.)) for k,c in changes.items()}
+    def setting():
+        return dict(s, w=1., eta=0., precision=precision, seeds=list(seeds),
+                    fd_floor=reference(data, judge, at_most(data, s['n']))['fd_floor'])
+    @lru_cache(1) # all keys of an arm ask for its model
+    def trained(name, seed):
+        start = time.perf_counter()
+        return *fit(config, data, s['images'], seed, precision=precision, **changes[name]),time.perf_counter()-start
+    def drawn(name, way, seed):
+        (ts,sampler),(tok,den,_) = ways[name][way],trained(name, seed)
+        return drawer(den, tok, data.shape, ts, sampler=sampler)
+    def brightness(name, way, seed): return measure(drawn(name, way, seed), data, judge, s['n'], seed)
+    def row(name, way, seed):
+        _,den,took = trained(name, seed)
+        row = evaluate(drawn(name, way, seed), data, judge, s['n'], seed, s['n']//2)
+        row |= dict(recipe=f'terminal_snr.{name}', params=sum(p.numel() for p in den.net.parameters()))
+        return row|dict(images=s['images'], train_seconds=took, nfe=len(ways[name][way][0])-1)
+    yield 'setting',setting
     for seed in seeds:
-        for name,change in arms().items():
-            start = time.perf_counter()
-            tok,den = fit(config, data, s['images'], seed, precision=precision, **change)
-            took = time.perf_counter()-start
-            offset = change.get('offset', 0.)
-            for k,(way,(ts,sampler)) in enumerate(walks(name, den.process, s['steps'], s['few'], offset).items()):
-                draw = drawer(den, tok, data.shape, ts, sampler=sampler)
-                yield f'brightness.{name}.{way}.seed{seed}',measure(draw, data, judge, s['n'], seed)
-                if k: continue
-                row = evaluate(draw, data, judge, s['n'], seed, s['n']//2)
-                row |= dict(recipe=f'terminal_snr.{name}', params=sum(p.numel() for p in den.net.parameters()))
-                yield f'arms.{name}.seed{seed}',row|dict(images=s['images'], train_seconds=took, nfe=len(ts)-1)
+        for name in changes:
+            for k,way in enumerate(ways[name]):
+                yield f'brightness.{name}.{way}.seed{seed}',partial(brightness, name, way, seed)
+                if not k: yield f'arms.{name}.seed{seed}',partial(row, name, way, seed)

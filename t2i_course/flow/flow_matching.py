@@ -8,7 +8,7 @@ __all__ = ['PARADIGM', 'LABELS', 'QUICK', 'ETA', 'SWEEP', 'WAYS', 'LinearPath', 
 
 # %% ../../nbs/06_flow/60_flow_matching.ipynb #60f336f7
 import math
-from functools import partial
+from functools import cache, lru_cache, partial
 import torch
 from torch import Tensor
 from ..core.data import CourseError, Draws, Labelled, Painted, load
@@ -177,47 +177,67 @@ def controls(
     n:int,         # drawings
     seeds,         # of weights, data and start noise
     precision:str, # fp32 or bf16
-):                 # yields ('control.data.arm.seed', row)
+):                 # yields ('control.data.arm.seed', make)
     "The same network on the same pictures, with the closed form and without (plain flow matching)"
+    @lru_cache(1) # the ways of drawing follow their model
+    def trained(name, arm, seed):
+        data,judge = load(name),load_judge(name)
+        config = recipe_for(data, scale)
+        torch.manual_seed(seed)
+        tok,den = build(config|dict(skip=arm=='skip'))
+        fit_skip(den, data, tok, config['fit_images'])
+        loss = train_arm(den, tok, data, config, images, seed, precision)
+        about = dict(loss=loss, images=images, fd_floor=reference(data, judge, at_most(data, n))['fd_floor'])
+        return config,partial(measure, den, tok, data, judge, n, seed, held=n//2, above=.2),about
+    def control(*arm):
+        config,one,about = trained(*arm)
+        return one(w=config['guidance'])|about
+    def way(how, *arm):
+        _,one,about = trained(*arm)
+        return one(**how)|about
     for name in ('digits','mnist','painted'):
-        try: data = load(name)
+        try: load(name)
         except CourseError: continue # MNIST is not on this machine
-        config,judge = recipe_for(data, scale),load_judge(name)
         for seed in seeds:
             for arm in ('skip','plain'):
-                torch.manual_seed(seed)
-                tok,den = build(config|dict(skip=arm=='skip'))
-                fit_skip(den, data, tok, config['fit_images'])
-                loss = train_arm(den, tok, data, config, images, seed, precision)
-                about = dict(loss=loss, images=images, fd_floor=reference(data, judge, at_most(data, n))['fd_floor'])
-                row = measure(den, tok, data, judge, n, seed, held=n//2, w=config['guidance'], above=.2)
-                yield f'control.{name}.{arm}.{seed}',row|about
-                for way,how in WAYS.items() if arm=='skip' else ():
-                    row = measure(den, tok, data, judge, n, seed, held=n//2, above=.2, **how)
-                    yield f'ways.{name}.{way}.{seed}',row|about
+                yield f'control.{name}.{arm}.{seed}',partial(control, name, arm, seed)
+                for k,how in WAYS.items() if arm=='skip' else ():
+                    yield f'ways.{name}.{k}.{seed}',partial(way, how, name, arm, seed)
 
 # %% ../../nbs/06_flow/60_flow_matching.ipynb #7c49681b
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # of weights, data and start noise
-):                    # yields ('key.path', value)
+):                    # yields ('key.path', make), and make() gives the value
     "Paths at few steps, densities of t, what skip, frame and guidance interval are worth"
     s,data = SWEEP[scale],Painted()
     config = recipe(3, data.words, scale=scale, groups=word_groups(data))
     config |= dict(t_mean=-.3, t_std=1.4, pairs_in_groups=False) # where every arm starts
     judge,precision = load_judge('painted'),'bf16' if bf16_pays(pick_device()) else 'fp32'
-    tok,den = build(config)
-    tables = fit_skip(den, data, tok, config['fit_images']).skip.tables
-    yield 'setting',dict(images=s['images'], n=s['n'], steps=config['sample_steps'], precision=precision, pairs_in_groups=False,
-                         seeds=list(seeds), fd_floor=reference(data, judge, s['n'])['fd_floor'])
-    yield 'nfe',list(s['nfe'])
-    yield 'guidance',[list(g) for g in s['guidance']]
+    changes = arms(VP(linear_betas()))
+    @cache
+    def tables():
+        tok,den = build(config)
+        return fit_skip(den, data, tok, config['fit_images']).skip.tables
+    def setting():
+        return dict(images=s['images'], n=s['n'], steps=config['sample_steps'], precision=precision, pairs_in_groups=False,
+                    seeds=list(seeds), fd_floor=reference(data, judge, s['n'])['fd_floor'])
+    @lru_cache(1) # all keys of an arm ask for its model
+    def trained(name, seed):
+        tok,den = make_arm(config, tables(), seed, **changes[name])
+        loss = train_arm(den, tok, data, config, s['images'], seed, precision)
+        return partial(measure, den, tok, data, judge, s['n'], seed),loss
+    def arm(name, seed):
+        one,loss = trained(name, seed)
+        return one(held=s['n']//2, w=2., above=.2)|dict(loss=loss)
+    def path(name, seed): return [trained(name, seed)[0](k) for k in s['nfe']]
+    def guided(seed): return [trained('base', seed)[0](held=s['n']//2, w=w, above=a) for w,a in s['guidance']]
+    yield 'setting',setting
+    yield 'nfe',lambda: list(s['nfe'])
+    yield 'guidance',lambda: [list(g) for g in s['guidance']]
     for seed in seeds:
-        for name,change in arms(VP(linear_betas())).items():
-            tok,den = make_arm(config, tables, seed, **change)
-            loss = train_arm(den, tok, data, config, s['images'], seed, precision)
-            one = partial(measure, den, tok, data, judge, s['n'], seed)
-            yield f'arms.{name}.{seed}',one(held=s['n']//2, w=2., above=.2)|dict(loss=loss)
-            if name in ('uniform','vp'): yield f'paths.{name}.{seed}',[one(k) for k in s['nfe']]
-            if name=='base': yield f'guided.{seed}',[one(held=s['n']//2, w=w, above=a) for w,a in s['guidance']]
+        for name in changes:
+            yield f'arms.{name}.{seed}',partial(arm, name, seed)
+            if name in ('uniform','vp'): yield f'paths.{name}.{seed}',partial(path, name, seed)
+            if name=='base': yield f'guided.{seed}',partial(guided, seed)
     yield from controls(scale, s['images'], s['n'], seeds, precision)

@@ -13,6 +13,7 @@ __all__ = ['STD', 'LOSSES', 'SIZES', 'GENTLE', 'PENALTIES', 'KINDS', 'SETTINGS',
 
 # %% ../../nbs/02_gan/20_adversarial.ipynb #cfa5b160
 import inspect, math
+from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -617,56 +618,65 @@ def _short(draw, data, judge, n:int, seed:int)->dict:
     return dict(fd=row['fd'], recall=row['recall'], obedience=row['obedience']['all'])
 
 def _toys(s:dict, data, scale:str, seed:int):
-    config,tok,gan = make_arm(data, scale, seed, **KINDS['vanilla'], lr_disc=2e-3)
-    yield f'gradient.seed{seed}',ahead(gan, tok, data, s['ahead'], seed=seed)
-    for name,how in RINGS.items():
+    def gradient():
+        config,tok,gan = make_arm(data, scale, seed, **KINDS['vanilla'], lr_disc=2e-3)
+        return ahead(gan, tok, data, s['ahead'], seed=seed)
+    def ring(how):
         x = points(train_ring(how, s['ring'], seed))
         counts = heap_counts(x)
-        yield f'ring.{name}.seed{seed}',dict(counts=counts.tolist(), covered=covered(counts, len(x)),
-                                             good=counts.sum().item()/len(x))
+        return dict(counts=counts.tolist(), covered=covered(counts, len(x)), good=counts.sum().item()/len(x))
+    yield f'gradient.seed{seed}',gradient
+    for name,how in RINGS.items(): yield f'ring.{name}.seed{seed}',partial(ring, how)
 
 def _penalties(s:dict, data, judge, scale:str, seed:int, precision:str):
-    for name,change in PENALTIES.items():
+    def penalty(change):
         config,tok,gan = make_arm(data, scale, seed, **KINDS['r1']|change)
         took,stopped = fit(gan, tok, data, config, s['images'], seed, precision, clip=math.inf)
-        yield f'penalty.{name}.seed{seed}',_short(gan.painter(tok, config), data, judge, s['n'], seed)|dict(
-            seconds_per_step=took, stopped=stopped)
-    config,tok,gan = make_arm(data, scale, seed)
-    took,_ = fit(gan, tok, data, config, s['images'], seed, precision)
-    row = evaluate(gan.painter(tok, config), data, judge, s['n'], seed)
-    yield f'arms.r3.seed{seed}',row|dict(recipe='gan', params=sum(p.numel() for p in gan.artist.parameters()),
-        images=s['images'], train_seconds=took*s['images']/config['batch'], nfe=1)
+        return _short(gan.painter(tok, config), data, judge, s['n'], seed)|dict(seconds_per_step=took, stopped=stopped)
+    def r3():
+        config,tok,gan = make_arm(data, scale, seed)
+        took,_ = fit(gan, tok, data, config, s['images'], seed, precision)
+        row = evaluate(gan.painter(tok, config), data, judge, s['n'], seed)
+        return row|dict(recipe='gan', params=sum(p.numel() for p in gan.artist.parameters()),
+                        images=s['images'], train_seconds=took*s['images']/config['batch'], nfe=1)
+    for name,change in PENALTIES.items(): yield f'penalty.{name}.seed{seed}',partial(penalty, change)
+    yield f'arms.r3.seed{seed}',r3
 
 def _modes(s:dict, judge, scale:str, seed:int, precision:str):
     data,n = Stacked(),s['stacked']
-    real = data.batch('test', Draws(seed, torch.arange(n)))
-    yield f'stacked.real.seed{seed}',dict(modes=len(modes_of(real.x, judge).unique()), true=len(real.attrs['mode'].unique()))
-    for name in ('vanilla','r3'):
+    def real():
+        b = data.batch('test', Draws(seed, torch.arange(n)))
+        return dict(modes=len(modes_of(b.x, judge).unique()), true=len(b.attrs['mode'].unique()))
+    def modes(name):
         config,tok,gan = make_arm(data, scale, seed, n_layers=0, **KINDS[name])
         fit(gan, tok, data, config, s['images'], seed, precision)
         draw = gan.painter(tok, config)
-        yield f'stacked.{name}.seed{seed}',dict(modes=len(modes_of(draw([data.caption]*n, seed).clamp(-1, 1), judge).unique()))
+        return dict(modes=len(modes_of(draw([data.caption]*n, seed).clamp(-1, 1), judge).unique()))
+    yield f'stacked.real.seed{seed}',real
+    for name in ('vanilla','r3'): yield f'stacked.{name}.seed{seed}',partial(modes, name)
 
 def _settings(s:dict, data, judge, scale:str, seed:int, precision:str):
+    usual = recipe_for(data, scale)
+    def row(name, factor, beta):
+        config,tok,gan = make_arm(data, scale, seed, **KINDS[name]|dict(
+            betas_gan=[beta,.99], lr=factor*usual['lr'], lr_disc=factor*usual['lr_disc']))
+        _,stopped = fit(gan, tok, data, config, s['few'], seed, precision)
+        return _short(gan.painter(tok, config), data, judge, s['n'], seed)|dict(factor=factor, beta=beta, stopped=stopped)
     for i,(factor,beta) in enumerate(SETTINGS[:s['settings']]):
-        for name in ('vanilla','r3'):
-            usual = recipe_for(data, scale)
-            config,tok,gan = make_arm(data, scale, seed, **KINDS[name]|dict(
-                betas_gan=[beta,.99], lr=factor*usual['lr'], lr_disc=factor*usual['lr_disc']))
-            _,stopped = fit(gan, tok, data, config, s['few'], seed, precision)
-            yield f'settings.{name}.{i}.seed{seed}',_short(gan.painter(tok, config), data, judge, s['n'], seed)|dict(
-                factor=factor, beta=beta, stopped=stopped)
+        for name in ('vanilla','r3'): yield f'settings.{name}.{i}.seed{seed}',partial(row, name, factor, beta)
 
 # %% ../../nbs/02_gan/20_adversarial.ipynb #1733e307
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # of weights, data and noise
-):                    # yields ('key.path', value)
+):                    # yields ('key.path', make), and make() gives the value
     "Gradients, rings, penalties, modes and settings, on points and on digits"
     s,data = SWEEP[scale],load('digits')
     judge,precision = load_judge('digits'),'bf16' if bf16_pays(pick_device()) else 'fp32'
-    yield 'setting',dict(s, precision=precision, seeds=list(seeds), settings=[list(v) for v in SETTINGS[:s['settings']]],
-                         fd_floor=reference(data, judge, at_most(data, s['n']))['fd_floor'])
+    def setting():
+        return dict(s, precision=precision, seeds=list(seeds), settings=[list(v) for v in SETTINGS[:s['settings']]],
+                    fd_floor=reference(data, judge, at_most(data, s['n']))['fd_floor'])
+    yield 'setting',setting
     for seed in seeds:
         yield from _toys(s, data, scale, seed)
         yield from _penalties(s, data, judge, scale, seed, precision)

@@ -10,6 +10,7 @@ __all__ = ['SIZES', 'SWEEP', 'ARMS', 'BATCHES', 'power_step', 'Spectral', 'SNLin
 
 # %% ../../nbs/02_gan/22_biggan.ipynb #1b02cc32
 import math, time
+from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -432,26 +433,34 @@ def watched(
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # of weights, data and noise
-):                    # yields ('key.path', value)
+):                    # yields ('key.path', make), and make() gives the value
     "Norms against concatenation, angles of filters, truncation, and the size of the batch"
     s,data,judge = SWEEP[scale],load('digits'),load_judge('digits')
     precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
     base = recipe_for(data, scale)
-    yield 'setting',dict(s, precision=precision, seeds=list(seeds), batch=base['batch'], batches=list(BATCHES),
-                         fd_floor=reference(data, judge, at_most(data, s['n']))['fd_floor'])
+    def setting():
+        return dict(s, precision=precision, seeds=list(seeds), batch=base['batch'], batches=list(BATCHES),
+                    fd_floor=reference(data, judge, at_most(data, s['n']))['fd_floor'])
+    @lru_cache(1) # both keys of an arm ask for its model
+    def trained(name, seed):
+        config,start = base|ARMS[name],time.perf_counter()
+        tok,model = fresh(config, seed)
+        train_arm(model, tok, data, config, s['images'], seed, precision)
+        return config,tok,model,time.perf_counter()-start
+    def row(name, seed):
+        config,tok,model,took = trained(name, seed)
+        row = evaluate(model.painter(tok, config), data, judge, s['n'], seed, 0)
+        row |= dict(recipe=f'biggan.{name}', params=sum(p.numel() for p in model.net.parameters()))
+        return row|dict(images=s['images'], train_seconds=took, nfe=1)
+    def truncation(name, seed):
+        config,tok,model,_ = trained(name, seed)
+        draws = {t:model.painter(tok, config|dict(truncation=t)) for t in s['thresholds']}
+        return [dict(at=t)|spectrum(d, data, judge, s['n'], seed) for t,d in draws.items()]
+    def batch(b, seed):
+        return watched(base|dict(batch=b), data, s['batch_images'], s['looks'], judge, s['n'], seed, precision)
+    yield 'setting',setting
     for seed in seeds:
-        for name,change in ARMS.items():
-            config,start = base|change,time.perf_counter()
-            tok,model = fresh(config, seed)
-            train_arm(model, tok, data, config, s['images'], seed, precision)
-            took = time.perf_counter()-start
-            row = evaluate(model.painter(tok, config), data, judge, s['n'], seed, 0)
-            row |= dict(recipe=f'biggan.{name}', params=sum(p.numel() for p in model.net.parameters()))
-            yield f'arms.{name}.seed{seed}',row|dict(images=s['images'], train_seconds=took, nfe=1)
-            if name=='concat': continue
-            draws = {t:model.painter(tok, config|dict(truncation=t)) for t in s['thresholds']}
-            yield f'truncation.{name}.seed{seed}',[dict(at=t)|spectrum(d, data, judge, s['n'], seed)
-                                                   for t,d in draws.items()]
-        for b in BATCHES:
-            yield f'batch.{b}.seed{seed}',watched(base|dict(batch=b), data, s['batch_images'], s['looks'], judge, s['n'],
-                                                  seed, precision)
+        for name in ARMS:
+            yield f'arms.{name}.seed{seed}',partial(row, name, seed)
+            if name!='concat': yield f'truncation.{name}.seed{seed}',partial(truncation, name, seed)
+        for b in BATCHES: yield f'batch.{b}.seed{seed}',partial(batch, b, seed)

@@ -11,6 +11,7 @@ __all__ = ['GROUNDS', 'SIZES', 'SWEEP', 'Tinted', 'leaky', 'unit', 'Scaled', 'Ma
 
 # %% ../../nbs/02_gan/21_stylegan2.ipynb #b9f3945b
 import math, time
+from functools import lru_cache, partial
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
@@ -697,39 +698,49 @@ def fit(
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # of weights, data and noise
-):                    # yields ('key.path', value)
+):                    # yields ('key.path', make), and make() gives the value
     "Path length regularisation, truncation, growing, style mixing"
     s,data,judge = SWEEP[scale],load('digits'),load_judge('digits')
     precision,n,large = 'bf16' if bf16_pays(pick_device()) else 'fp32',s['n'],Large()
-    small,weight = lambda x: judge.features(smaller(x)),recipe_for(data, scale)['path']
-    fd_floor = reference(data, judge, at_most(data, n))['fd_floor']
-    yield 'setting',dict(s, psi=list(s['psi']), precision=precision, seeds=list(seeds), fd_floor=fd_floor)
-    for seed in seeds:
+    small,arms = lambda x: judge.features(smaller(x)),dict(path=recipe_for(data, scale)['path'], none=0.)
+    def setting():
+        fd_floor = reference(data, judge, at_most(data, n))['fd_floor']
+        return dict(s, psi=list(s['psi']), precision=precision, seeds=list(seeds), fd_floor=fd_floor)
+    @lru_cache(1) # all keys of an arm ask for its model
+    def trained(arm, seed): return fit(data, scale, s['images'], seed, precision, path=arms[arm])
+    def row(arm, seed):
+        tok,gan,config,took = trained(arm, seed)
+        row = evaluate(gan.painter(tok, config), data, judge, n, seed)
+        row |= dict(recipe=f'stylegan2.{arm}', params=sum(p.numel() for p in gan.artist.parameters()), nfe=1)
+        return row|dict(images=s['images'], train_seconds=took)
+    def path(arm, seed):
+        tok,gan,_,_ = trained(arm, seed)
         draws = Draws(seed, torch.arange(n))
-        real = data.batch('test', draws)
-        for arm,path in dict(path=weight, none=0.).items():
-            tok,gan,config,took = fit(data, scale, s['images'], seed, precision, path=path)
-            cond = tok(real.captions)
-            row = evaluate(gan.painter(tok, config), data, judge, n, seed)
-            row |= dict(recipe=f'stylegan2.{arm}', params=sum(p.numel() for p in gan.artist.parameters()), nfe=1)
-            yield f'arms.{arm}.seed{seed}',row|dict(images=s['images'], train_seconds=took)
-            smooth = smoothness(gan.artist, cond, draws, judge.features)
-            yield f'path.{arm}.seed{seed}',path_spread(gan.artist, cond, draws, data.shape)|smooth
-            if arm=='none': continue
-            for centre in ('all', 'caption'):
-                curve = []
-                for psi in s['psi']:
-                    row = evaluate(gan.painter(tok, config|dict(truncation=psi, centre=centre)), data, judge, n, seed)
-                    curve.append({k:row[k] for k in ('fd','precision','recall')}|dict(obedience=row['obedience']['all']))
-                yield f'truncation.{centre}.seed{seed}',curve
-        b = large.batch('test', draws)
-        other = large.batch('test', Draws(seed, torch.arange(n, 2*n)))
-        for arm,grow in dict(direct=0, growing=s['grown']).items():
-            tok,gan,config,took = fit(large, scale, s['grown'], seed, precision, grow=grow)
-            x = gan.painter(tok, config)(b.captions, seed)
-            shown = judge.read(smaller(x))['digit']
-            yield f'growing.{arm}.seed{seed}',dict(
-                fd=frechet(small(x), small(other.x)), seconds=took, digit=(shown==b.attrs['digit']).double().mean().item())
+        cond = tok(data.batch('test', draws).captions)
+        smooth = smoothness(gan.artist, cond, draws, judge.features)
+        return path_spread(gan.artist, cond, draws, data.shape)|smooth
+    def truncation(centre, seed):
+        tok,gan,config,_ = trained('path', seed)
+        curve = []
+        for psi in s['psi']:
+            row = evaluate(gan.painter(tok, config|dict(truncation=psi, centre=centre)), data, judge, n, seed)
+            curve.append({k:row[k] for k in ('fd','precision','recall')}|dict(obedience=row['obedience']['all']))
+        return curve
+    def growing(grow, seed):
+        b,other = (large.batch('test', Draws(seed, torch.arange(i, i+n))) for i in (0, n))
+        tok,gan,config,took = fit(large, scale, s['grown'], seed, precision, grow=grow)
+        x = gan.painter(tok, config)(b.captions, seed)
+        shown = judge.read(smaller(x))['digit']
+        return dict(fd=frechet(small(x), small(other.x)), seconds=took, digit=(shown==b.attrs['digit']).double().mean().item())
+    def mixing(seed):
         tint = Tinted()
         tok,gan,config,took = fit(tint, scale, s['tinted'], seed, precision)
-        yield f'mixing.seed{seed}',followers(gan.artist, tint, judge, tok, n, seed)
+        return followers(gan.artist, tint, judge, tok, n, seed)
+    yield 'setting',setting
+    for seed in seeds:
+        for arm in arms:
+            yield f'arms.{arm}.seed{seed}',partial(row, arm, seed)
+            yield f'path.{arm}.seed{seed}',partial(path, arm, seed)
+            for centre in ('all', 'caption') if arm=='path' else (): yield f'truncation.{centre}.seed{seed}',partial(truncation, centre, seed)
+        for arm,grow in dict(direct=0, growing=s['grown']).items(): yield f'growing.{arm}.seed{seed}',partial(growing, grow, seed)
+        yield f'mixing.seed{seed}',partial(mixing, seed)

@@ -12,6 +12,7 @@ __all__ = ['SWEEP', 'Settings', 'Parts', 'bpe_tokenizer', 'tokens', 'make_vae', 
 import argparse, json, math, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 import torch
@@ -442,28 +443,37 @@ def count(net:nn.Module)->int: # parameters
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # of text encoder, U-Net, order and noise; the autoencoder is shared
-):                    # yields ('key.path', value)
+):                    # yields ('key.path', make), and make() gives the value
     "The pipeline's rows, with what its autoencoder alone would get; no painted digits at demo scale"
     sweep = SWEEP[scale]
-    yield 'setting',dict(n=sweep['n'], steps=sweep['draw'], guidance=2., seeds=list(seeds),
-                         **{name:asdict(ours(name, scale)) for name in sweep['data']})
-    for name in sweep['data']:
-        data,vae = load(name),None
-        judge,n = judge_for(data),at_most(data, sweep['n'])
-        for seed in seeds:
-            s,start = ours(name, scale, seed),time.perf_counter()
-            run = fit(data, s, vae)
-            took = time.perf_counter()-start
-            if not vae:
-                vae,x = run.parts.vae,data.batch('test', Draws(3, torch.arange(n)))
-                with torch.no_grad(): y = vae.decode(vae.encode(x.x.to(vae.device)).latent_dist.mean).sample.cpu()
-                yield f'codec.{name}',dict(
-                    psnr=psnr(x.x, y.clamp(-1, 1)).mean().item(), params=count(vae), seconds=took-run.progress.seconds,
-                    images=s.vae_images, obedience=obedience(judge, y.clamp(-1, 1), data, x.captions))
-            with run.averaged() as parts:
-                row = evaluate(painter(as_pipeline(parts), sweep['draw']), data, judge, n, seed, n//4)
-            row |= dict(recipe=f'pipeline.{name}', params=count(run.net)+count(vae), train_seconds=run.progress.seconds)
-            yield f'arms.{name}.seed{seed}',row|dict(images=s.steps*s.accumulate*s.batch, nfe=2*sweep['draw'])
+    worlds = {name:load(name) for name in sweep['data']}
+    sizes = {name:at_most(data, sweep['n']) for name,data in worlds.items()}
+    def setting():
+        return dict(n=sweep['n'], steps=sweep['draw'], guidance=2., seeds=list(seeds),
+                    **{name:asdict(ours(name, scale)) for name in sweep['data']})
+    @cache
+    def autoencoder(name):
+        s,start = ours(name, scale, seeds[0]),time.perf_counter()
+        vae = make_parts(worlds[name], s).vae
+        train_vae(vae, worlds[name], s)
+        return vae,time.perf_counter()-start
+    def codec(name):
+        data,(vae,took) = worlds[name],autoencoder(name)
+        x = data.batch('test', Draws(3, torch.arange(sizes[name])))
+        with torch.no_grad(): y = vae.decode(vae.encode(x.x.to(vae.device)).latent_dist.mean).sample.cpu()
+        return dict(psnr=psnr(x.x, y.clamp(-1, 1)).mean().item(), params=count(vae), seconds=took,
+                    images=ours(name, scale).vae_images, obedience=obedience(judge_for(data), y.clamp(-1, 1), data, x.captions))
+    def row(name, seed):
+        data,(vae,_),s = worlds[name],autoencoder(name),ours(name, scale, seed)
+        run,n = fit(data, s, vae),sizes[name]
+        with run.averaged() as parts:
+            row = evaluate(painter(as_pipeline(parts), sweep['draw']), data, judge_for(data), n, seed, n//4)
+        row |= dict(recipe=f'pipeline.{name}', params=count(run.net)+count(vae), train_seconds=run.progress.seconds)
+        return row|dict(images=s.steps*s.accumulate*s.batch, nfe=2*sweep['draw'])
+    yield 'setting',setting
+    for name in worlds:
+        yield f'codec.{name}',partial(codec, name)
+        for seed in seeds: yield f'arms.{name}.seed{seed}',partial(row, name, seed)
 
 # %% ../../nbs/12_scale/87_pipeline.ipynb #435e7cc6
 # ---- from the command line: accelerate launch -m t2i_course.scale.pipeline ----

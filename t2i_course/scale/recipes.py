@@ -646,13 +646,14 @@ def preset_row(
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # unused: counting has no luck in it
-):                    # yields ('key.path', value)
+):                    # yields ('key.path', make), and make() gives the value
     "Sizes of the published networks, counted with fake tensors: parameters, multiply-adds, memory of a training step"
-    yield 'setting',dict(peaks=PEAKS, prices=list(PRICES), precision='bf16')
-    for name in ('sd15',) if scale=='smoke' else ('sd15','sdxl','sd3','flux'):
+    def published(name):
         make,call = of_published(name)
         c = count(make, call, ('bf16',))
         found = dict(params=n_params(c), macs=macs(make, call), kept=c['bf16'])
         for shard,world,ckpt in (('none',1,False), ('none',1,True), ('fsdp',8,True), ('fsdp',64,True)):
             found[f'{shard}.{world}.{"checkpointed" if ckpt else "kept"}'] = memory(c, world, world, shard, 'bf16', ckpt)
-        yield f'published.{name}',found
+        return found
+    yield 'setting',lambda: dict(peaks=PEAKS, prices=list(PRICES), precision='bf16')
+    for name in ('sd15',) if scale=='smoke' else ('sd15','sdxl','sd3','flux'): yield f'published.{name}',partial(published, name)

@@ -11,6 +11,7 @@ __all__ = ['WAYS', 'SIZES', 'PUBLISHED', 'MINI', 'SWEEP', 'patchify', 'unpatchif
 
 # %% ../../nbs/05_transformer/50_dit.ipynb #1e055300
 import math, time
+from functools import cache, lru_cache, partial
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -484,16 +485,17 @@ def build_unet(
 def experiments(
     scale:str='demo', # smoke, demo or full
     seeds=(0,1),      # of weights, data and start noise
-):                    # yields ('key.path', value)
+):                    # yields ('key.path', make), and make() gives the value
     "Sizes and patches, four ways of conditioning on digits; DiT and U-Net on painted digits"
     s,data,painted = SWEEP[scale],load('digits'),load('painted')
     judge,device = judge_for(data),pick_device()
     precision = 'bf16' if bf16_pays(device) else 'fp32'
-    base,big = recipe_for(data, scale),recipe_for(painted, scale)
-    see = lambda split: judge.features(data.batch(split, Draws(0, torch.arange(len(data.labels[split])))).x)
-    real,size = see('train'),'L' if 'L' in s['sizes'] else 'S'
-    yield 'setting',dict(images=s['images'], painted_images=s['painted'], n=s['n'], steps=s['steps'], precision=precision,
-                         seeds=list(seeds), fd_floor=frechet(see('test')[:s['n']], real), size=size)
+    base,big,size = recipe_for(data, scale),recipe_for(painted, scale),'L' if 'L' in s['sizes'] else 'S'
+    @cache
+    def see(split): return judge.features(data.batch(split, Draws(0, torch.arange(len(data.labels[split])))).x)
+    def setting():
+        return dict(images=s['images'], painted_images=s['painted'], n=s['n'], steps=s['steps'], precision=precision,
+                    seeds=list(seeds), fd_floor=frechet(see('test')[:s['n']], see('train')), size=size)
 
     fitted = {}
     def trained(build, config, data, seed, images=None, seconds=None):
@@ -510,24 +512,30 @@ def experiments(
 
     def digits_row(seed, *arm):
         tok,den,made = trained(build, mini(base, *arm), data, seed, s['images'])
-        return score(den, tok, data, judge, real, s['n'], seed, s['steps'])|made|dict(macs=macs(den.net.net, base['max_len']))
+        row = score(den, tok, data, judge, see('train'), s['n'], seed, s['steps'])
+        return row|made|dict(macs=macs(den.net.net, base['max_len']))
 
-    def painted_row(seed, build, config, **budget):
+    def painted_row(recipe, seed, build, config, **budget):
         tok,den,made = trained(build, config, painted, seed, **budget)
         row = evaluate(den.painter(tok, config), painted, n=s['n'], seed=seed, n_heldout=s['n']//4)
-        return row|made|dict(nfe=den.calls(config),
+        return row|made|dict(nfe=den.calls(config), recipe=recipe,
                              macs=counted_macs(den.net.net, den.net.encoder(den.null), painted.shape[1]))
 
+    @lru_cache(1) # its seconds are the budget of another arm
+    def dit_row(start, seed):
+        return painted_row('dit', seed, build, big|dict(skip=start, sample_steps=s['steps']), images=s['painted'])
+    def unet_row(recipe, start, seed, **budget):
+        sizes = {k:UNET_SIZES[scale][k] for k in ('widths','depths','d_emb')}
+        return painted_row(recipe, seed, build_unet, big|dict(skip=start, sample_steps=s['steps'])|sizes, **budget)
+    def unet_longer(start, seed): return unet_row('unet, equal seconds', start, seed, seconds=dit_row(start, seed)['train_seconds'])
+
+    yield 'setting',setting
     for seed in seeds:
         for patch in s['patches']:
-            for name in s['sizes']: yield f'study.{name}.{patch}.seed{seed}',digits_row(seed, name, patch)
-        yield f'study.{size}.8.seed{seed}',digits_row(seed, size, 8)
-        for cond in ('adaln','cross','tokens'): yield f'ways.{cond}.seed{seed}',digits_row(seed, size, 4, cond)
-        for start in (False, True):
-            config,which = big|dict(skip=start, sample_steps=s['steps']),'skip' if start else 'plain'
-            unet = config|{k:UNET_SIZES[scale][k] for k in ('widths','depths','d_emb')}
-            row = painted_row(seed, build, config, images=s['painted'])
-            yield f'painted.{which}.dit.seed{seed}',row|dict(recipe='dit')
-            yield f'painted.{which}.unet.seed{seed}',painted_row(seed, build_unet, unet, images=s['painted'])|dict(recipe='unet')
-            longer = painted_row(seed, build_unet, unet, seconds=row['train_seconds'])
-            yield f'painted.{which}.unet_longer.seed{seed}',longer|dict(recipe='unet, equal seconds')
+            for name in s['sizes']: yield f'study.{name}.{patch}.seed{seed}',partial(digits_row, seed, name, patch)
+        yield f'study.{size}.8.seed{seed}',partial(digits_row, seed, size, 8)
+        for cond in ('adaln','cross','tokens'): yield f'ways.{cond}.seed{seed}',partial(digits_row, seed, size, 4, cond)
+        for start,which in ((False, 'plain'), (True, 'skip')):
+            yield f'painted.{which}.dit.seed{seed}',partial(dit_row, start, seed)
+            yield f'painted.{which}.unet.seed{seed}',partial(unet_row, 'unet', start, seed, images=s['painted'])
+            yield f'painted.{which}.unet_longer.seed{seed}',partial(unet_longer, start, seed)
