@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from t2i_course.core.data import CourseError, Draws, load, results_path, scale as current_scale
 from t2i_course.core.ema import state_for
-from t2i_course.core.training import ALONE, bf16_pays, feed, pick_device, train
+from t2i_course.core.training import ALONE, has_bf16, feed, pick_device, train
 from t2i_course.runs import (Stopped, config_hash, cut_log, follow, load_tensors, read_config, save_tensors,
                              write_json, write_whole)
 from t2i_course.runs import resume as take_up
@@ -93,7 +93,7 @@ def settings(recipe, data, scale, seconds, images, seed, precision, changes=None
     if hasattr(mod, 'recipe_for'): config = mod.recipe_for(ds, scale, seconds)
     else: config = mod.recipe(ds.shape[0], ds.words, ds.size, scale)
     if images is None and seconds is None: images = IMAGES[scale]
-    if precision=='auto': precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
+    if precision=='auto': precision = 'bf16' if has_bf16(pick_device()) else 'fp32'
     if codec: config |= dict(codec=str(Path(codec).resolve()), clamp=4.) # whitened latents: variance 1, not [-1,1]
     return config|(changes or {})|dict(
         data=str(Path(data).resolve()) if Path(data).is_dir() else data,
@@ -616,7 +616,7 @@ def doctor():
     device = pick_device()
     print(f'python {platform.python_version()}, torch {torch.__version__}, {hardware()}, '
           f'device {device}, {torch.get_num_threads()} threads')
-    print(f"bfloat16 {'pays' if bf16_pays(device) else 'does not pay'} here (measured just now)")
+    print(f"bfloat16 {'pays' if has_bf16(device) else 'does not pay'} here (measured just now)")
     try: print(f'data folder: {data_root()}')
     except CourseError as e: print(f'data folder: {e}')
     for p in ('torchvision','diffusers','transformers','scikit-learn','jupyterlab','nbdev','torchmetrics'):
