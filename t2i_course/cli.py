@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from t2i_course.core.data import CourseError, Draws, is_path, load, results_path, scale as current_scale
 from t2i_course.core.ema import state_for
-from t2i_course.core.training import ALONE, bf16_pays, feed, pick_device, spent, train
+from t2i_course.core.training import ALONE, has_bf16, feed, pick_device, spent, train
 from t2i_course.runs import (Stopped, belongs, code_version, codec_place, codec_run, config_hash, cut_log, follow, kept_arms,
                              load_tensors, model_hash, one_writer, read_config, same_threads, save_tensors, seen_from, twin,
                              undisturbed, write_json, write_whole)
@@ -119,7 +119,7 @@ def settings(recipe, data, scale, seconds, images, seed, precision, changes=None
     if hasattr(mod, 'recipe_for'): config = mod.recipe_for(ds, scale, None if images else seconds)
     else: config = mod.recipe(ds.shape[0], ds.words, ds.size, scale)
     if images is None and seconds is None: images = IMAGES[scale]
-    if precision=='auto': precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
+    if precision=='auto': precision = 'bf16' if has_bf16(pick_device()) else 'fp32'
     if codec: config |= dict(codec=str(Path(codec).resolve()), codec_model=model_hash(codec), clamp=4.) # whitened latents: variance 1, not [-1,1]
     return config|(changes or {})|dict(
         data=place(data), size=ds.shape[1] if hasattr(ds, 'crop') else None, fingerprint=ds.fingerprint,
@@ -880,7 +880,7 @@ def doctor():
     device = pick_device()
     print(f'python {platform.python_version()}, torch {torch.__version__}, {hardware()}, '
           f'device {device}, {torch.get_num_threads()} threads')
-    print(f"bfloat16 {'pays' if bf16_pays(device) else 'does not pay'} here (measured just now)")
+    print(f"bfloat16 {'pays' if has_bf16(device) else 'does not pay'} here (measured just now)")
     try: print(f'data folder: {data_root()}')
     except CourseError as e: print(f'data folder: {e}')
     for p in ('torchvision','diffusers','transformers','scikit-learn','jupyterlab','nbdev','torchmetrics'):

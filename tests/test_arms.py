@@ -33,7 +33,7 @@ def listed(monkeypatch):
         def near(data):
             if data == "mnist": raise CourseError("not on this machine")
             return load(data)
-        for n, instead in dict(load=near, bf16_pays=lambda *a: False).items():
+        for n, instead in dict(load=near, has_bf16=lambda *a: False).items():
             if hasattr(module, n): monkeypatch.setattr(module, n, instead)
         monkeypatch.setattr(torch.nn.Module, "__call__", stop)
         monkeypatch.setattr("subprocess.run", stop)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from t2i_course.core.data import CourseError, Draws, Painted
 from t2i_course.core.ema import EMA, settle
-from t2i_course.core.training import Record, State, Threads, Turn, bf16_pays, feed, pick_device, train, warm_linear
+from t2i_course.core.training import Record, State, Threads, Turn, has_bf16, feed, pick_device, train, warm_linear
 from torch import nn
 
 
@@ -301,7 +301,7 @@ def test_feed_is_a_function_of_the_draws():
 
 def test_device_and_probe():
     assert pick_device() in ("cpu", "cuda", "mps")
-    assert bf16_pays("cpu", least=1e9) is False and bf16_pays("cpu", least=0) is True
+    assert has_bf16("cpu", least=1e9) is False and has_bf16("cpu", least=0) is True
 
 
 def test_learns_and_the_control_does_not():

@@ -17,7 +17,7 @@ from ..core.conditioning import Cond, PAD, WordTokenizer, drawn_from
 from ..core.data import Draws, HELD_OUT, Painted, load, origin
 from ..core.ema import settle, train_arm
 from ..core.metrics import evaluate, judge_for, reference
-from ..core.training import bf16_pays
+from ..core.training import has_bf16
 from ..codec.vqvae import TwoStage
 from .pixelcnn import guided, pick
 from .dalle import Cache, CausalBlock, make_codec
@@ -411,7 +411,7 @@ def experiments(
     "Retrieved examples, guidance, and what several tasks cost, all on the codes of one codec"
     s,data = SWEEP[scale],load('painted')
     config,judge = recipe_for(data, scale),judge_for(data)
-    precision = 'bf16' if bf16_pays() else 'fp32'
+    precision = 'bf16' if has_bf16() else 'fp32'
     tasks = dict(all=config['tasks'], draw=[1.,0.,0.])
     @cache # one codec for every arm
     def first():

@@ -16,7 +16,7 @@ from ..core.conditioning import Block, WordTokenizer
 from ..core.data import Draws, load
 from ..core.ema import train_arm
 from ..core.metrics import at_most, evaluate, judge_for, reference
-from ..core.training import bf16_pays, everyone
+from ..core.training import has_bf16, everyone
 from .vae import Decoder, Encoder
 from .vqvae import VQModel, VQVAE, VectorQuantizer, dead, perplexity
 
@@ -268,7 +268,7 @@ def experiments(
 ):                    # yields (key, make), and make() gives the value
     "On digits: temperature, KL weight, soft against hard codes, transformer against convolutions; measured rows on painted digits"
     s,digits,painted = SWEEP[scale],load('digits'),load('painted')
-    precision,judge = 'bf16' if bf16_pays() else 'fp32',judge_for(painted)
+    precision,judge = 'bf16' if has_bf16() else 'fp32',judge_for(painted)
     def test(data, n): return data.batch('test', Draws(3, torch.arange(n))).x
     unseen = partial(test, digits, at_most(digits, s['n']))
     def setting(): return dict(s, precision=precision, variance=unseen().var().item(), fd_floor=reference(painted, judge, s['n'])['fd_floor'])

@@ -25,7 +25,7 @@ from ..core.data import Batch, CourseError, Draws, check_split, in_epochs, load,
 from ..core.ema import train_arm
 from ..core.metrics import (SEED, at_most, distinct, evaluate, fingerprint, judge_for, load_judge, obedience, reference,
                                      train_judge)
-from ..core.training import Turn, bf16_pays, pick_device
+from ..core.training import Turn, has_bf16, pick_device
 from ..gan.adversarial import hinge_d, hinge_g
 
 # %% ../../nbs/03_codec/24_vae.ipynb #b50b5dd1
@@ -482,7 +482,7 @@ def experiments(
 ):                    # yields ('key.path', make), and make() gives the value
     "The four losses, each taken away in turn, on painted digits; read by the judge and by a reader that took no part"
     s,data,judge = SWEEP[scale],load('painted'),load_judge('painted')
-    precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
+    precision = 'bf16' if has_bf16(pick_device()) else 'fp32'
     @cache
     def reader(): return train_judge(data, s['reader'], seed=1, width=.5)
     @cache

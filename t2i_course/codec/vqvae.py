@@ -19,7 +19,7 @@ from ..core.conditioning import WordTokenizer, count_calls, drawn_from
 from ..core.data import Draws, load
 from ..core.ema import settle, train_arm
 from ..core.metrics import at_most, evaluate, judge_for, reference
-from ..core.training import Turn, bf16_pays, everyone, pick_device
+from ..core.training import Turn, has_bf16, everyone, pick_device
 
 # %% ../../nbs/03_codec/25_vqvae.ipynb #cdb4eb90
 # ---- the nearest code ----
@@ -349,7 +349,7 @@ def experiments(
 ):                    # yields ('key.path', make), and make() gives the value
     "Grids and codebooks on painted digits; on digits the weight beta, ways to learn the codebook, the straight-through step"
     s,painted,digits = SWEEP[scale],load('painted'),load('digits')
-    precision,device = 'bf16' if bf16_pays(pick_device()) else 'fp32',pick_device()
+    precision,device = 'bf16' if has_bf16(pick_device()) else 'fp32',pick_device()
     judge,base = judge_for(painted),recipe_for(digits, scale)
     arms = {f'book.{name}':(own, None) for name,own in BOOKS.items()}
     arms |= {f'beta.{round(100*b)}':(dict(beta=b), None) for b in BETAS} # a point would end the key

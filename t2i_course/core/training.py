@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALONE', 'Record', 'warm_linear', 'feed', 'State', 'pick_device', 'Turn', 'Alone', 'everyone', 'one_turn', 'spent',
-           'train', 'bf16_pays', 'Threads']
+           'train', 'has_bf16', 'Threads']
 
 # %% ../../nbs/01_core/12_training.ipynb #16fc3532
 import math, time
@@ -271,7 +271,7 @@ def train(
                      {k:v[0] for k,v in done.items()})
 
 # %% ../../nbs/01_core/12_training.ipynb #f7c52e86
-def bf16_pays(
+def has_bf16(
     device:str='cpu',   # where training runs
     least:float=1.15,   # how many times faster bfloat16 has to be
 )->bool:

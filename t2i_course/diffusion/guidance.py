@@ -19,7 +19,7 @@ from ..core.conditioning import Cond, cat
 from ..core.data import Draws, HELD_OUT, INKS, NUMBERS, WEIGHTS, an, load
 from ..core.ema import EMA, train_arm
 from ..core.metrics import SEED, at_most, evaluate, glyph_space, judge_for, obedience, reference
-from ..core.training import State, bf16_pays, feed, pick_device, train
+from ..core.training import State, has_bf16, feed, pick_device, train
 from .ddpm import Denoiser, ResBlock, VP, drawer, fourier, guided, linear_betas, recipe
 from .ddpm import sample, solve, text_unet, uniform_times, v
 from .preconditioning import CaptionGaussian, fit_skip, group_of, word_groups
@@ -448,7 +448,7 @@ def on_painted(
 ):             # yields (key, make)
     "One model: the sweep of w, and saturation with every remedy"
     data = load('painted')
-    config,precision = recipe(3, data.words, scale=scale),'bf16' if bf16_pays(pick_device()) else 'fp32'
+    config,precision = recipe(3, data.words, scale=scale),'bf16' if has_bf16(pick_device()) else 'fp32'
     captions,judge = on_gray(data),judge_for(data)
     captions = captions[::max(1, len(captions)//s['gray'])][:s['gray']]
     @cache
@@ -497,7 +497,7 @@ def experiments(
         floor = {k:reference(d, judge_for(d), at_most(d, s['n']))['fd_floor'] for k,d in sets.items()}
         return s|dict(seeds=list(seeds), times=TS, fd_floor=floor, spans={k:list(v) for k,v in SPANS.items()},
                       phi=.7, ratio=.995, fixed_scale=2.,
-                      precision=dict(digits='fp32', painted='bf16' if bf16_pays(pick_device()) else 'fp32'))
+                      precision=dict(digits='fp32', painted='bf16' if has_bf16(pick_device()) else 'fp32'))
     yield 'setting',setting
     for seed in seeds:
         yield from on_digits(s, scale, seed)
