@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from t2i_course.core.data import CourseError, Draws, load, results_path, scale as current_scale
 from t2i_course.core.ema import state_for
-from t2i_course.core.training import ALONE, bf16_pays, feed, pick_device, train
+from t2i_course.core.training import ALONE, feed, has_bf16, pick_device, train
 from t2i_course.runs import (Stopped, config_hash, cut_log, follow, load_tensors, read_config, save_tensors,
                              write_json, write_whole)
 from t2i_course.runs import resume as take_up
@@ -82,6 +82,14 @@ def hardware()->str:
         name = next(names, name)
     return f'{name}, {os.cpu_count()} cores'
 
+def in_hardware(
+    precision:str, # fp32, bf16 or fp16
+    device:str,
+)->bool:
+    "Does the device compute in this precision? If not, it emulates it, many times more slowly than float32"
+    if precision=='fp32': return True
+    return has_bf16(device) if precision=='bf16' else not device.startswith('cpu')
+
 def command()->str:
     "The command that is running"
     return ' '.join(['t2i', *sys.argv[1:]]) if Path(sys.argv[0]).name in ('t2i','cli.py') else 'python'
@@ -93,13 +101,13 @@ def settings(recipe, data, scale, seconds, images, seed, precision, changes=None
     if hasattr(mod, 'recipe_for'): config = mod.recipe_for(ds, scale, seconds)
     else: config = mod.recipe(ds.shape[0], ds.words, ds.size, scale)
     if images is None and seconds is None: images = IMAGES[scale]
-    if precision=='auto': precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
+    if precision=='auto': precision = 'bf16' if has_bf16(pick_device()) else 'fp32'
     if codec: config |= dict(codec=str(Path(codec).resolve()), clamp=4.) # whitened latents: variance 1, not [-1,1]
     return config|(changes or {})|dict(
         data=str(Path(data).resolve()) if Path(data).is_dir() else data,
         source=ds.source, shape=list(ds.shape), scale=scale,
         images=images, seconds=seconds, seed=seed, precision=precision,
-        threads=torch.get_num_threads(), versions=versions(), hardware=hardware())
+        threads=torch.get_num_threads(), versions=versions(), hardware=hardware(), bf16_units=has_bf16(pick_device()))
 
 def make_folder(out)->Path:
     "Make a folder and try to write there"
@@ -182,6 +190,8 @@ def fit_run(
 ):
     "The training itself: what the model becomes is in the config, how the work is done in the other arguments"
     device,ds = pick_device(),open_data(config['data'], config.get('codec'))
+    if ranks.rank==0 and not in_hardware(config['precision'], device):
+        say(f"no units for {config['precision']} here: it is emulated, many times more slowly than fp32")
     if ranks.size==1: torch.set_num_threads(min(config['threads'], os.cpu_count() or 1))
     torch.manual_seed(config['seed'])
     tok,den = module(config['recipe']).build(config)
@@ -311,7 +321,7 @@ class Model:
         c = c|{KEYS.get(k, k):v for k,v in self.asked(given).items()}
         low = torch.float16 if c['precision']=='fp16' else torch.bfloat16
         draw = self.den.painter(self.tok, c)
-        with torch.autocast(torch.device(self.device).type, low, enabled=c['precision']!='fp32'):
+        with torch.autocast(torch.device(self.device).type, low, enabled=c['precision']!='fp32' and in_hardware(c['precision'], self.device)):
             x = draw(captions, seed)
         if self.codec is not None:
             with torch.no_grad(): x = torch.cat([self.codec.decode(z.to(self.device)).cpu() for z in x.float().split(250)])
@@ -366,7 +376,7 @@ def eval_run(
         recipe=c['recipe'], params=t['params'], params_trained=t.get('params_trained', t['params']),
         images=t['images'], train_seconds=t['seconds'], steps=t['steps'], train_seed=c['seed'],
         nfe=m.den.calls(c), **{k:c[KEYS.get(k, k)] for k in m.den.options if k!='steps'},
-        precision_mode=c['precision'], source=c['source'], hardware=hardware(), versions=versions(),
+        precision_mode=c['precision'], source=c['source'], hardware=hardware(), bf16_units=has_bf16(pick_device()), versions=versions(),
         date=str(date.today()), command=command())
     write_json(m.run/'metrics.json', row)
     if not quiet: print(row_text(row))
@@ -462,7 +472,7 @@ def put(
 def stamp(chapter:str, seeds)->dict:
     "Who made a result, when, on what"
     return dict(chapter=chapter, command=command(), date=str(date.today()), hardware=hardware(),
-                versions=versions(), seeds=list(seeds), scale=current_scale())
+                bf16_units=has_bf16(pick_device()), versions=versions(), seeds=list(seeds), scale=current_scale())
 
 def measured_rows(recipe, data, seeds, seconds, work:Path)->dict:
     "Train and measure once a seed; mean and spread of the main numbers"
@@ -616,7 +626,7 @@ def doctor():
     device = pick_device()
     print(f'python {platform.python_version()}, torch {torch.__version__}, {hardware()}, '
           f'device {device}, {torch.get_num_threads()} threads')
-    print(f"bfloat16 {'pays' if bf16_pays(device) else 'does not pay'} here (measured just now)")
+    print(f"bfloat16 units: {'yes, runs train with bf16' if has_bf16(device) else 'no, runs train with fp32'}")
     try: print(f'data folder: {data_root()}')
     except CourseError as e: print(f'data folder: {e}')
     for p in ('torchvision','diffusers','transformers','scikit-learn','jupyterlab','nbdev','torchmetrics'):
@@ -747,7 +757,7 @@ def add_train(command):
     a('--seconds', type=float, metavar='N', help='wall time of training')
     a('--images', type=int, metavar='N', help='images seen: the clock that makes runs repeatable')
     a('--precision', choices=['auto','fp32','bf16','fp16'], default='auto',
-      help='auto: bf16 where a short probe shows that it pays')
+      help='auto: bf16 where the processor or GPU has units for it, else fp32')
     a('--seed', type=int, default=0, metavar='N', help='of every random number (default 0)')
     a('--resume', action='store_true', help='go on with the run in --out')
     a('--out', metavar='RUN', help='run folder (default runs/RECIPE-DATA-SEED)')

@@ -15,7 +15,7 @@ from ..core.conditioning import Cond, PAD, WordTokenizer, drawn_from
 from ..core.data import Draws, HELD_OUT, Painted, load
 from ..core.ema import settle, train_arm
 from ..core.metrics import evaluate, judge_for, reference
-from ..core.training import bf16_pays
+from ..core.training import has_bf16
 from ..codec.vqvae import TwoStage
 from .pixelcnn import guided, pick
 from .dalle import Cache, CausalBlock, make_codec
@@ -404,7 +404,7 @@ def experiments(
     "Retrieved examples, guidance, and what several tasks cost, all on the codes of one codec"
     s,data = SWEEP[scale],load('painted')
     config,judge = recipe_for(data, scale),judge_for(data)
-    precision = 'bf16' if bf16_pays() else 'fp32'
+    precision = 'bf16' if has_bf16() else 'fp32'
     torch.manual_seed(0)
     tok,first = build(config|dict(share=1.))
     train_arm(first, tok, data, config, s['codec_images'], precision=precision, loss=first.loss[:1])

@@ -19,7 +19,7 @@ from ..core.conditioning import Block, Cond, PAD, TextEncoder, WordTokenizer, ca
 from ..core.data import Draws, load
 from ..core.ema import settle, train_arm
 from ..core.metrics import at_most, evaluate, load_judge, reference
-from ..core.training import Turn, bf16_pays, pick_device
+from ..core.training import Turn, has_bf16, pick_device
 from ..codec.vqvae import TwoStage, VQVAE, VectorQuantizer
 from .pixelcnn import guided, pick
 
@@ -747,7 +747,7 @@ def experiments(
 ):                    # yields ('key.path', value)
     "The model with its palette and without; how it is asked; masks, loss weights and counts on its codes"
     s,data = SWEEP[scale],load('painted')
-    judge,precision = load_judge('painted'),'bf16' if bf16_pays(pick_device()) else 'fp32'
+    judge,precision = load_judge('painted'),'bf16' if has_bf16(pick_device()) else 'fp32'
     config = recipe_for(data, scale)|SHORT
     yield 'setting',dict(s, precision=precision, seeds=list(seeds), temperature=config['temperature'], guidance=config['guidance'],
                          fd_floor=reference(data, judge, at_most(data, s['n']))['fd_floor'])

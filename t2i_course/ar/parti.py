@@ -15,7 +15,7 @@ from ..core.conditioning import Cond, TextEncoder, WordTokenizer
 from ..core.data import Draws, load
 from ..core.ema import EMA, train_arm
 from ..core.metrics import evaluate, judge_for, reference
-from ..core.training import State, bf16_pays, train
+from ..core.training import State, has_bf16, train
 from ..codec.vqvae import TwoStage
 from .dalle import Cache, Prior, Transformer, causal, make_codec, nll, sample_codes
 
@@ -267,7 +267,7 @@ def experiments(
     "Encoder-decoder against one stream at equal parameters, and four sizes, all on the codes of one codec"
     s,data = SWEEP[scale],load('painted')
     config,judge = recipe_for(data, scale),judge_for(data)
-    precision = 'bf16' if bf16_pays() else 'fp32'
+    precision = 'bf16' if has_bf16() else 'fp32'
     torch.manual_seed(0)
     tok,model = build(config)
     start = time.perf_counter()

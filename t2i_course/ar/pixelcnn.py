@@ -16,7 +16,7 @@ from ..core.conditioning import Cond, TextEncoder, WordBag, WordTokenizer, cat
 from ..core.data import Draws, load
 from ..core.ema import train_arm
 from ..core.metrics import at_most, evaluate, judge_for, reference
-from ..core.training import bf16_pays, pick_device
+from ..core.training import has_bf16, pick_device
 from ..codec.vqvae import TwoStage
 from ..codec.vqvae2 import CodesModel, Levels, VQVAE2
 
@@ -432,7 +432,7 @@ def experiments(
 ):                    # yields ('key.path', value)
     "Bits a code with and without the blind spot, gates, attention and the right caption; temperature and guidance; what stays"
     s,data = SWEEP[scale],load('digits')
-    judge,precision = judge_for(data),'bf16' if bf16_pays(pick_device()) else 'fp32'
+    judge,precision = judge_for(data),'bf16' if has_bf16(pick_device()) else 'fp32'
     config = recipe_for(data, scale)
     yield 'setting',dict(s, ways=[list(w) for w in s['ways']], precision=precision, seeds=list(seeds), n_codes=list(config['n_codes']),
                          fd_floor=reference(data, judge, at_most(data, s['n']))['fd_floor'])

@@ -15,7 +15,7 @@ from ..core.data import Draws, load
 from ..core.ema import train_arm
 from ..core.metrics import evaluate, load_judge
 from ..core.plots import COLOURS, DPI, Figure
-from ..core.training import Turn, bf16_pays, pick_device
+from ..core.training import Turn, has_bf16, pick_device
 from ..diffusion.ddpm import build, drawer, recipe, times, x0
 from ..gan.adversarial import SETTINGS, SWEEP, Stacked, modes_of
 from ..gan.biggan import within_classes
@@ -176,7 +176,7 @@ def experiments(
     seeds=(0,1),      # of weights, data and noise
 ):                    # yields ('key.path', value)
     "Modes of stacked digits, and five settings, for diffusion: what `t2i run adversarial` measures for two GANs"
-    s,judge,precision = SWEEP[scale],load_judge('digits'),'bf16' if bf16_pays(pick_device()) else 'fp32'
+    s,judge,precision = SWEEP[scale],load_judge('digits'),'bf16' if has_bf16(pick_device()) else 'fp32'
     stacked,digits = Stacked(),load('digits')
     yield 'diffusion.setting',dict(images=s['images'], few=s['few'], stacked=s['stacked'], n=s['n'], precision=precision)
     for seed in seeds:

@@ -15,7 +15,7 @@ from ..core.conditioning import Block, WordTokenizer
 from ..core.data import Draws, load
 from ..core.ema import train_arm
 from ..core.metrics import at_most, evaluate, judge_for, reference
-from ..core.training import bf16_pays
+from ..core.training import has_bf16
 from .vae import Decoder, Encoder
 from .vqvae import VQModel, VQVAE, VectorQuantizer, dead, perplexity
 
@@ -254,7 +254,7 @@ def experiments(
 ):                    # yields (key, value)
     "On digits: temperature, KL weight, soft against hard codes, transformer against convolutions; measured rows on painted digits"
     s,digits,painted = SWEEP[scale],load('digits'),load('painted')
-    precision,judge = 'bf16' if bf16_pays() else 'fp32',judge_for(painted)
+    precision,judge = 'bf16' if has_bf16() else 'fp32',judge_for(painted)
     n = at_most(digits, s['n'])
     x = digits.batch('test', Draws(3, torch.arange(n))).x
     yield 'setting',dict(s, precision=precision, variance=x.var().item(), fd_floor=reference(painted, judge, s['n'])['fd_floor'])

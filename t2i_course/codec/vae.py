@@ -24,7 +24,7 @@ from ..core.data import Batch, CourseError, Draws, check_split, in_epochs, load
 from ..core.ema import train_arm
 from ..core.metrics import (SEED, at_most, distinct, evaluate, fingerprint, judge_for, load_judge, obedience, reference,
                                      train_judge)
-from ..core.training import Turn, bf16_pays, pick_device
+from ..core.training import Turn, has_bf16, pick_device
 from ..gan.adversarial import hinge_d, hinge_g
 
 # %% ../../nbs/03_codec/24_vae.ipynb #b50b5dd1
@@ -477,7 +477,7 @@ def experiments(
 ):                    # yields ('key.path', value)
     "The four losses, each taken away in turn, on painted digits; read by the judge and by a reader that took no part"
     s,data,judge = SWEEP[scale],load('painted'),load_judge('painted')
-    precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
+    precision = 'bf16' if has_bf16(pick_device()) else 'fp32'
     reader = train_judge(data, s['reader'], seed=1, width=.5)
     x,captions = data.batch('test', Draws(3, torch.arange(s['n'])))[:2]
     yield 'setting',dict(s, precision=precision, seeds=list(seeds), fd_floor=reference(data, judge, at_most(data, s['n']))['fd_floor'],

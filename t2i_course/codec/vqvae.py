@@ -18,7 +18,7 @@ from ..core.conditioning import WordTokenizer, drawn_from
 from ..core.data import Draws, load
 from ..core.ema import settle, train_arm
 from ..core.metrics import at_most, evaluate, judge_for, reference
-from ..core.training import Turn, bf16_pays, pick_device
+from ..core.training import Turn, has_bf16, pick_device
 
 # %% ../../nbs/03_codec/25_vqvae.ipynb #cdb4eb90
 # ---- the nearest code ----
@@ -335,7 +335,7 @@ def experiments(
 ):                    # yields ('key.path', value)
     "Grids and codebooks on painted digits; on digits the weight beta, ways to learn the codebook, the straight-through step"
     s,painted,digits = SWEEP[scale],load('painted'),load('digits')
-    precision,device = 'bf16' if bf16_pays(pick_device()) else 'fp32',pick_device()
+    precision,device = 'bf16' if has_bf16(pick_device()) else 'fp32',pick_device()
     judge = judge_for(painted)
     test = {d.name:d.batch('test', Draws(3, torch.arange(at_most(d, s['n'])))).x.to(device) for d in (painted, digits)}
     yield 'setting',dict(s, precision=precision, seeds=list(seeds), variance={k:v.var().item() for k,v in test.items()},

@@ -16,7 +16,7 @@ from ..core.conditioning import WordTokenizer
 from ..core.data import Draws, load
 from ..core.ema import train_arm
 from ..core.metrics import at_most, evaluate, judge_for, reference
-from ..core.training import bf16_pays, pick_device
+from ..core.training import has_bf16, pick_device
 from .vae import CodecModel, Decoder, Encoder
 from .vqvae import VQVAE, VectorQuantizer, dead, perplexity
 
@@ -254,7 +254,7 @@ def experiments(
 ):                    # yields ('key.path', value)
     "Two levels, two levels with the fine codes hidden now and then, and one level with equal bits"
     s,data = SWEEP[scale],load('painted')
-    judge,precision = judge_for(data),'bf16' if bf16_pays(pick_device()) else 'fp32'
+    judge,precision = judge_for(data),'bf16' if has_bf16(pick_device()) else 'fp32'
     config = recipe_for(data, scale)
     yield 'setting',dict(s, precision=precision, seeds=list(seeds), n_codes=list(config['n_codes']),
                          fd_floor=reference(data, judge, at_most(data, s['n']))['fd_floor'])

@@ -22,7 +22,7 @@ from safetensors.torch import load as from_bytes, save as to_bytes
 from torch import nn, Tensor
 from .data import CourseError, Draws, load
 from .conditioning import raw_cond
-from .training import State, bf16_pays, train
+from .training import State, has_bf16, train
 from .ema import EMA
 
 # %% ../../nbs/01_core/14_metrics.ipynb #8c87cc1d
@@ -118,7 +118,7 @@ def train_judge(
             return sum(F.cross_entropy(out[k].float(), y, label_smoothing=.05, reduction='none')
                        for k,y in zip(names, cond.ids.unbind(1)))
         state = State(judge, lr=3e-3, ema=EMA(judge, half_life=70*batch), weight_decay=.02,
-                      precision='bf16' if bf16_pays() else 'fp32')
+                      precision='bf16' if has_bf16() else 'fp32')
         for r in train(state, loss, pictures, images=steps*batch, batch=batch, seed=seed):
             if progress: progress(r)
     judge.load_state_dict(state.ema.shadow)

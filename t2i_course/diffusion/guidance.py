@@ -19,7 +19,7 @@ from ..core.conditioning import Cond, cat
 from ..core.data import Draws, HELD_OUT, INKS, NUMBERS, WEIGHTS, an, load
 from ..core.ema import EMA, train_arm
 from ..core.metrics import SEED, at_most, evaluate, glyph_space, judge_for, obedience, reference
-from ..core.training import State, bf16_pays, feed, pick_device, train
+from ..core.training import State, feed, has_bf16, pick_device, train
 from .ddpm import Denoiser, ResBlock, VP, drawer, fourier, guided, linear_betas, recipe
 from .ddpm import sample, solve, text_unet, uniform_times, v
 from .preconditioning import CaptionGaussian, fit_skip, group_of, word_groups
@@ -441,7 +441,7 @@ def on_painted(
 ):                    # yields (key, value)
     "One model: the sweep of w, and saturation with every remedy"
     data = load('painted')
-    config,precision = recipe(3, data.words, scale=scale),'bf16' if bf16_pays(pick_device()) else 'fp32'
+    config,precision = recipe(3, data.words, scale=scale),'bf16' if has_bf16(pick_device()) else 'fp32'
     tok,den = painted_model(config, data, seed, tables)
     start = time.perf_counter()
     loss = train_arm(den, tok, data, config, s['painted'], seed, precision)
@@ -476,7 +476,7 @@ def experiments(
     _,den = painted_model(recipe(3, sets['painted'].words, scale=scale), sets['painted'])
     yield 'setting',s|dict(seeds=list(seeds), times=TS, fd_floor=floor, spans={k:list(v) for k,v in SPANS.items()},
                            phi=.7, ratio=.995, fixed_scale=2.,
-                           precision=dict(digits='fp32', painted='bf16' if bf16_pays(pick_device()) else 'fp32'))
+                           precision=dict(digits='fp32', painted='bf16' if has_bf16(pick_device()) else 'fp32'))
     for seed in seeds:
         yield from on_digits(s, scale, seed)
         yield from on_painted(s, scale, seed, den.skip.tables)

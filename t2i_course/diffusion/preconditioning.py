@@ -16,7 +16,7 @@ from ..core.conditioning import Cond, PAD
 from ..core.data import Draws, Painted, load
 from ..core.ema import train_arm
 from ..core.metrics import at_most, evaluate, judge_for, reference
-from ..core.training import bf16_pays, pick_device
+from ..core.training import has_bf16, pick_device
 from .ddpm import Coefs, Denoiser, VP, drawer, eps, linear_betas, recipe, sample, text_unet
 from .ddpm import uniform_times, view, x0
 from .samplers import heun
@@ -385,7 +385,7 @@ def experiments(
     s,data = SWEEP[scale],load('digits')
     config,judge = recipe(data.shape[0], data.words, scale=scale),judge_for(data)
     device = pick_device()
-    precision = 'bf16' if bf16_pays(device) else 'fp32'
+    precision = 'bf16' if has_bf16(device) else 'fp32'
     vp,edm,w = VP(linear_betas()),EDM(),config['guidance']
     tok,den = make_arm(config, vp)
     rungs = ladder(vp, tok, data, s['rank'])

@@ -17,7 +17,7 @@ from ..core.conditioning import Cond
 from ..core.data import Draws, load
 from ..core.ema import train_arm
 from ..core.metrics import at_most, evaluate, judge_for, reference
-from ..core.training import bf16_pays, pick_device
+from ..core.training import has_bf16, pick_device
 from .ddpm import Coefs, Denoiser, VP, build, drawer, guided, recipe, sample
 from .ddpm import solve, step, text_unet, v, view
 from .schedules import cosine_betas, time_at
@@ -278,7 +278,7 @@ def experiments(
     "Samplers against calls of the network, eta, spacing, inversion, learned variance"
     s,data = SWEEP[scale],load('digits')
     judge,config = judge_for(data),recipe(data.shape[0], data.words, scale=scale)
-    precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
+    precision = 'bf16' if has_bf16(pick_device()) else 'fp32'
     def row(den, tok, seed, sampler, ts, guide=None):
         draw = drawer(den, tok, data.shape, ts, sampler=sampler, guide=guide)
         return evaluate(draw, data, judge, s['n'], seed)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.data import Draws, Painted, load
 from ..core.ema import train_arm
 from ..core.metrics import at_most, evaluate, load_judge, reference
-from ..core.training import bf16_pays, pick_device
+from ..core.training import has_bf16, pick_device
 from .ddpm import Coefs, VP, build, drawer, linear_betas, recipe, uniform_times, v
 
 # %% ../../nbs/04_diffusion/31_schedules.ipynb #96fd97db
@@ -234,7 +234,7 @@ def experiments(
 ):                    # yields ('key.path', value)
     "The same network on each schedule; linear and cosine without their first steps, and drawn on each other's steps"
     s,processes = SWEEP[scale],schedules()
-    precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
+    precision = 'bf16' if has_bf16(pick_device()) else 'fp32'
     worlds = dict(digits=(load('digits'), load_judge('digits')), painted=(RedOnBlack(), load_judge('painted')))
     floors = {world: reference(data, judge, at_most(data, s['n']))['fd_floor'] for world,(data,judge) in worlds.items()}
     yield 'setting',dict(images={k: s[k] for k in worlds}, n=s['n'], steps=s['steps'], w=1., target='v', eta=1.,

@@ -17,7 +17,7 @@ from ..core.conditioning import Conditioned, TextEncoder, WordTokenizer
 from ..core.data import Draws, PAPERS, Painted
 from ..core.ema import train_arm
 from ..core.metrics import at_most, evaluate, load_judge, reference
-from ..core.training import bf16_pays, pick_device
+from ..core.training import has_bf16, pick_device
 from .ddpm import Coefs, Denoiser, UNet, VP, drawer, recipe, sample, uniform_times
 from .ddpm import view, weighted, x0
 from .schedules import EDM, betas_from_abar, edm_times, log_normal, scaled_linear_betas
@@ -293,7 +293,7 @@ def experiments(
 ):                    # yields ('key.path', value)
     "Brightness of what each schedule, target, spacing and offset lets a model draw"
     s,data,judge = SWEEP[scale],Papers(),load_judge('painted')
-    precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
+    precision = 'bf16' if has_bf16(pick_device()) else 'fp32'
     config = settings(data, s['images'], scale)
     yield 'setting',dict(s, w=1., eta=0., precision=precision, seeds=list(seeds),
                          fd_floor=reference(data, judge, at_most(data, s['n']))['fd_floor'])

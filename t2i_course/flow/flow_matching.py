@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.data import CourseError, Draws, Labelled, Painted, load
 from ..core.ema import train_arm
 from ..core.metrics import at_most, evaluate, load_judge, reference
-from ..core.training import bf16_pays, pick_device
+from ..core.training import has_bf16, pick_device
 from ..diffusion.ddpm import Coefs, Denoiser, SIZES, VP, drawer, linear_betas, text_unet
 from ..diffusion.ddpm import uniform_times, velocity
 from ..diffusion.preconditioning import CaptionGaussian, fit_skip, word_groups
@@ -205,7 +205,7 @@ def experiments(
     s,data = SWEEP[scale],Painted()
     config = recipe(3, data.words, scale=scale, groups=word_groups(data))
     config |= dict(t_mean=-.3, t_std=1.4, pairs_in_groups=False) # where every arm starts
-    judge,precision = load_judge('painted'),'bf16' if bf16_pays(pick_device()) else 'fp32'
+    judge,precision = load_judge('painted'),'bf16' if has_bf16(pick_device()) else 'fp32'
     tok,den = build(config)
     tables = fit_skip(den, data, tok, config['fit_images']).skip.tables
     yield 'setting',dict(images=s['images'], n=s['n'], steps=config['sample_steps'], precision=precision, pairs_in_groups=False,

@@ -21,7 +21,7 @@ from ..core.data import Batch, CourseError, Digits, Draws, Labelled, Painted, lo
 from ..core.ema import state_for
 from ..core.metrics import at_most, evaluate, load_judge, reference
 from ..core.plots import COLOURS, DPI, Figure
-from ..core.training import Turn, bf16_pays, feed, pick_device, train
+from ..core.training import Turn, feed, has_bf16, pick_device, train
 
 # %% ../../nbs/02_gan/20_adversarial.ipynb #e8a235a9
 # ---- eight heaps of points ----
@@ -664,7 +664,7 @@ def experiments(
 ):                    # yields ('key.path', value)
     "Gradients, rings, penalties, modes and settings, on points and on digits"
     s,data = SWEEP[scale],load('digits')
-    judge,precision = load_judge('digits'),'bf16' if bf16_pays(pick_device()) else 'fp32'
+    judge,precision = load_judge('digits'),'bf16' if has_bf16(pick_device()) else 'fp32'
     yield 'setting',dict(s, precision=precision, seeds=list(seeds), settings=[list(v) for v in SETTINGS[:s['settings']]],
                          fd_floor=reference(data, judge, at_most(data, s['n']))['fd_floor'])
     for seed in seeds:

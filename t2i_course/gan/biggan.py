@@ -17,7 +17,7 @@ from ..core.conditioning import Cond, WordTokenizer, drawn_from
 from ..core.data import Draws, Labelled, load
 from ..core.ema import state_for, train_arm
 from ..core.metrics import at_most, evaluate, frechet, load_judge, precision_recall, reference
-from ..core.training import Turn, bf16_pays, feed, pick_device, train
+from ..core.training import Turn, feed, has_bf16, pick_device, train
 from .adversarial import GAN, caption_encoder, hinge_d, hinge_g
 
 # %% ../../nbs/02_gan/22_biggan.ipynb #b4f2765c
@@ -435,7 +435,7 @@ def experiments(
 ):                    # yields ('key.path', value)
     "Norms against concatenation, angles of filters, truncation, and the size of the batch"
     s,data,judge = SWEEP[scale],load('digits'),load_judge('digits')
-    precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
+    precision = 'bf16' if has_bf16(pick_device()) else 'fp32'
     base = recipe_for(data, scale)
     yield 'setting',dict(s, precision=precision, seeds=list(seeds), batch=base['batch'], batches=list(BATCHES),
                          fd_floor=reference(data, judge, at_most(data, s['n']))['fd_floor'])

@@ -19,7 +19,7 @@ from ..core.conditioning import Cond, WordTokenizer, cat, drawn_from
 from ..core.data import Batch, Digits, Draws, INKS, Labelled, NUMBERS, Painted, load, n_tokens
 from ..core.ema import train_arm
 from ..core.metrics import at_most, evaluate, frechet, load_judge, reference
-from ..core.training import Turn, bf16_pays, pick_device
+from ..core.training import Turn, has_bf16, pick_device
 from .adversarial import GAN, LOSSES, caption_encoder, lazy_adam
 
 # %% ../../nbs/02_gan/21_stylegan2.ipynb #4e613b41
@@ -699,7 +699,7 @@ def experiments(
 ):                    # yields ('key.path', value)
     "Path length regularisation, truncation, growing, style mixing"
     s,data,judge = SWEEP[scale],load('digits'),load_judge('digits')
-    precision,n,large = 'bf16' if bf16_pays(pick_device()) else 'fp32',s['n'],Large()
+    precision,n,large = 'bf16' if has_bf16(pick_device()) else 'fp32',s['n'],Large()
     small,weight = lambda x: judge.features(smaller(x)),recipe_for(data, scale)['path']
     fd_floor = reference(data, judge, at_most(data, n))['fd_floor']
     yield 'setting',dict(s, psi=list(s['psi']), precision=precision, seeds=list(seeds), fd_floor=fd_floor)

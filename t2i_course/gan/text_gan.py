@@ -16,7 +16,7 @@ from ..core.conditioning import Cond, PAD, WordTokenizer, cat, drawn_from
 from ..core.data import Draws, Labelled, Painted, load
 from ..core.ema import settle, train_arm
 from ..core.metrics import at_most, evaluate, judge_for, reference
-from ..core.training import Turn, bf16_pays, pick_device
+from ..core.training import Turn, has_bf16, pick_device
 from .adversarial import GAN, caption_encoder, lazy_adam, leaky, relativistic_d, relativistic_g
 from .adversarial import squared_gradient, stages
 
@@ -436,7 +436,7 @@ def experiments(
     seeds=(0,1),      # of weights, data and z
 ):                    # yields ('key.path', value)
     "Word attention, matching loss, seeking; two stages against one; two digits; obedience by number of demands"
-    s,precision = SWEEP[scale],'bf16' if bf16_pays(pick_device()) else 'fp32'
+    s,precision = SWEEP[scale],'bf16' if has_bf16(pick_device()) else 'fp32'
     data,two = Painted(),load('painted2')
     n,judges = at_most(data, s['n']),{d.name:judge_for(d) for d in (data, two)}
     yield 'setting',dict(images=s['images'], n=n, precision=precision, seeds=list(seeds),

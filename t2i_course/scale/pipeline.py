@@ -22,7 +22,7 @@ from ..core.conditioning import raw_cond
 from ..core.data import CourseError, Draws, load
 from ..core.ema import EMA
 from ..core.metrics import at_most, evaluate, judge_for, obedience
-from ..core.training import State, bf16_pays, pick_device, train
+from ..core.training import State, has_bf16, pick_device, train
 from ..codec.vae import Perceptual, kl_to_normal, psnr
 
 # %% ../../nbs/12_scale/87_pipeline.ipynb #3ab43978
@@ -184,7 +184,7 @@ def train_vae(
     def pictures(draws):
         x = data.batch('train', draws).x
         return x,raw_cond(torch.zeros(len(x), 1, dtype=torch.int64), torch.ones(len(x), 1, dtype=torch.bool))
-    state = State(vae, lr=lr, ema=EMA(vae, s.vae_images/10), precision='bf16' if bf16_pays(device) else 'fp32')
+    state = State(vae, lr=lr, ema=EMA(vae, s.vae_images/10), precision='bf16' if has_bf16(device) else 'fp32')
     for r in train(state, loss, pictures, images=s.vae_images, batch=batch, seed=s.seed):
         if progress: progress(r)
     vae.load_state_dict(state.ema.shadow)

@@ -20,7 +20,7 @@ from ..core.conditioning import Cond, Conditioned, LabelEmbedder, TextEncoder, W
 from ..core.data import CourseError, Draws, Labelled, load
 from ..core.ema import train_arm
 from ..core.metrics import evaluate, frechet, judge_for
-from ..core.training import bf16_pays, pick_device
+from ..core.training import has_bf16, pick_device
 from ..diffusion.ddpm import Denoiser, SIZES as UNET_SIZES, VP, drawer, linear_betas, text_unet, v
 from ..diffusion.preconditioning import CaptionGaussian, fit_skip, word_groups
 
@@ -488,7 +488,7 @@ def experiments(
     "Sizes and patches, four ways of conditioning on digits; DiT and U-Net on painted digits"
     s,data,painted = SWEEP[scale],load('digits'),load('painted')
     judge,device = judge_for(data),pick_device()
-    precision = 'bf16' if bf16_pays(device) else 'fp32'
+    precision = 'bf16' if has_bf16(device) else 'fp32'
     base,big = recipe_for(data, scale),recipe_for(painted, scale)
     see = lambda split: judge.features(data.batch(split, Draws(0, torch.arange(len(data.labels[split])))).x)
     real,size = see('train'),'L' if 'L' in s['sizes'] else 'S'
