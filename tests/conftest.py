@@ -1,10 +1,11 @@
 "For all tests: who runs beside whom when there are several workers, and what took longest."
+import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-PROCESSES = {"test_fsdp"}  # files whose tests start several processes themselves: one after the other, and first
+PROCESSES = {"test_fsdp", "test_processes"}  # files whose tests start several processes themselves: one after the other, and first
 
 
 def group_of(item):
@@ -16,6 +17,8 @@ def group_of(item):
 def pytest_collection_modifyitems(items):
     for item in items:
         if not item.get_closest_marker("xdist_group"): item.add_marker(pytest.mark.xdist_group(group_of(item)))
+        if os.name == "nt" and (group_of(item) == "processes" or "children" in item.fixturenames):
+            item.add_marker(pytest.mark.skip(reason="several processes and signals: not on Windows"))
     items.sort(key=lambda item: group_of(item) != "processes")  # stable: the longest begins, the rest keeps its order
 
 
