@@ -289,6 +289,7 @@ def test_pictures_alone_have_no_text(folder):
 
 # --- Commands ---
 
+@pytest.mark.skipif(os.name == "nt", reason="commands of a cluster, for bash")
 def test_commands_are_valid_bash(tmp_path):
     for gpus, nodes in ((1, 1), (8, 1), (8, 4)):
         line = recipes.command("dit", gpus, nodes, "fsdp", data="shards", out="run", images=1000)
@@ -300,6 +301,7 @@ def test_commands_are_valid_bash(tmp_path):
     subprocess.run(["bash", "-n", script], check=True)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="commands of a cluster, for bash")
 def test_slurm_script_asks_every_machine_for_one_torchrun(tmp_path):
     "Run with stand-ins for srun, scontrol and torchrun, to see what would be called."
     for name, body in dict(scontrol="echo first; echo second", srun='exec "$@"', torchrun='printf "%s\\n" "$@"').items():

@@ -94,7 +94,7 @@ def run_notebook(path):
 def run_notebooks(workers):
     "All notebooks, the later chapters first, because they take longest; prints what took longest."
     from nbdev.doclinks import nbglob
-    paths = sorted((path.absolute() for path in nbglob(as_path=True)), reverse=True)
+    paths = sorted((path.absolute() for path in nbglob(as_path=True) if not (path.parent / ".notest").exists()), reverse=True)
     start, found = time.time(), {}
     with ProcessPoolExecutor(workers) as pool:
         jobs = {pool.submit(run_notebook, path): path for path in paths}
