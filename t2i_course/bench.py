@@ -10,13 +10,23 @@ from t2i_course.core.conditioning import Cond
 from t2i_course.core.data import CourseError, Draws, load, scale
 from t2i_course.core.metrics import broken_strokes, frechet, judge_for, obedience, precision_recall
 from t2i_course.core.ema import EMA
-from t2i_course.core.training import State, feed, train
+from t2i_course.core.training import State, feed, has_bf16, train
 from t2i_course.diffusion.ddpm import UNet
 from t2i_course.runs import write_json
 
 BAR = dict(accuracy=.98, fd_floors=4.4) # what "good" is, for the time it takes to get there
 BUDGETS = dict(ours=(2.5, 5., 15., 60., 240.), plain=(15., 25., 60.)) # seconds
 BATCH = 128 # of both published recipes
+
+def precisions(
+    device:str='cpu',
+)->tuple:       # names of the precisions that are worth a measurement
+    "float32, and bfloat16 where the device has units for it"
+    return ('fp32','bf16') if has_bf16(device) else ('fp32',)
+
+def left_out(device:str='cpu')->dict:
+    "What a result says of bfloat16 where it was not measured"
+    return {} if has_bf16(device) else dict(bf16='not measured: no bfloat16 units')
 
 # ---- the measuring instrument ----
 class Ruler:
@@ -193,11 +203,10 @@ def equal_size(
     with torch.no_grad():
         theirs = multiply_adds(lambda: peer.loss(one, torch.zeros(1, dtype=torch.int64)))
         ours = multiply_adds(lambda: net(one, torch.zeros(1), bare_cond(1)))
-    took = in_turns({'peer fp32':peer_step(peer, BATCH), 'ours fp32':our_step(net, BATCH, False),
-                     'ours bf16':our_step(net, BATCH, True)}, rounds)
+    took = in_turns({'peer fp32':peer_step(peer, BATCH)}|{f'ours {p}':our_step(net, BATCH, p=='bf16') for p in precisions()}, rounds)
     took = {k:median(v) for k,v in took.items()}
     return dict(params=[count(peer.net), count(net)], multiply_adds=[theirs, ours], seconds_a_step=took,
-                times_faster={k:took['peer fp32']/v for k,v in took.items() if k!='peer fp32'})
+                times_faster={k:took['peer fp32']/v for k,v in took.items() if k!='peer fp32'})|left_out()
 
 def conv_peak(
     bf16:bool,    # or float32
@@ -227,8 +236,8 @@ def roofline(
     try:
         for threads in sorted({1, before}):
             torch.set_num_threads(threads)
-            peak = {p:max(conv_peak(p=='bf16').values()) for p in ('bf16','fp32')}
-            for precision in ('bf16','fp32'):
+            peak = {p:max(conv_peak(p=='bf16').values()) for p in precisions()}
+            for precision in precisions():
                 torch.manual_seed(0)
                 tok,den = build(config)
                 fit_skip(den, data, tok, config['fit_images'])
@@ -240,15 +249,16 @@ def roofline(
                 speed = 2*macs/took/1e9
                 out[f'{precision}, {threads} thread{"s"*(threads>1)}'] = row = dict(
                     conv_peak=peak, gflop_a_step=2*macs/1e9, seconds_a_step=took, gflops=speed,
-                    share_of_peak=speed/peak[precision], share_of_bf16_peak=speed/peak['bf16'])
-                if precision=='bf16':
+                    share_of_peak=speed/peak[precision])
+                if 'bf16' in peak: row['share_of_bf16_peak'] = speed/peak['bf16']
+                if precision==precisions()[-1]: # the one that trains here
                     with profile(activities=[ProfilerActivity.CPU]) as p:
                         for _ in range(5): next(steps)
                     ops = sorted(((e.key, e.self_cpu_time_total) for e in p.key_averages()), key=lambda e: -e[1])
                     whole = sum(v for _,v in ops)
                     row['profile'] = {k:round(v/whole, 4) for k,v in ops[:14]}
     finally: torch.set_num_threads(before)
-    return out
+    return out|left_out()
 
 # ---- the command ----
 def bar_reached(rows:list)->bool:
@@ -359,11 +369,11 @@ def wait(device): # GPUs work ahead of the program
 def matmul_peak(
     device:str,
     dtype,        # torch.float32 or torch.bfloat16
-    side:int=None,# of the matrices; default 2048 on a CPU, 8192 on a GPU
+    side:int=None,# of the matrices; default 2048 on a CPU (256 at smoke scale), 8192 on a GPU
     rounds:int=8,
 )->float:         # FLOP/s
     "The fastest product of two square matrices that was seen"
-    n = side or (2048 if device=='cpu' else 8192)
+    n = side or (8192 if device!='cpu' else 256 if scale()=='smoke' else 2048)
     a,b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     def run(): (a@b); wait(device)
     return 2*n**3/min(in_turns({0:run}, rounds)[0])
@@ -409,8 +419,9 @@ def race(
 )->dict:
     "Training and drawing steps of two networks in turns: seconds, ratios with their range, share of the matmul peak, memory"
     device,out = x.device.type,dict(batch=len(x), params={k:count(n) for k,n in nets.items()}, multiply_adds=macs)
-    (ours,*others),peak = nets,{p:matmul_peak(device, d) for p,d in (('fp32',torch.float32), ('bf16',torch.bfloat16))}
-    for precision in ('fp32','bf16'):
+    kinds = dict(fp32=torch.float32, bf16=torch.bfloat16)
+    (ours,*others),peak = nets,{p:matmul_peak(device, kinds[p]) for p in precisions(device)}
+    for precision in precisions(device):
         for kind in ('train','draw'):
             steps = {k:stepper(n, runs[k], x, precision=='bf16', kind=='train') for k,n in nets.items()}
             took = {k:[] for k in steps}
@@ -426,7 +437,7 @@ def race(
                 times_faster={k:dict(median=median(r), low=r[0], high=r[-1]) for k,r in ratios.items()},
                 share_of_peak={k:v/peak[precision] for k,v in flops.items()})
         out[f'{precision} memory'] = {k:memory_of(n, runs[k], x, precision=='bf16') for k,n in nets.items()}
-    return out|dict(matmul_peak=peak)
+    return out|dict(matmul_peak=peak)|left_out(device)
 
 def unets(device:str, batch:int):
     "Our U-Net and diffusers' at about equal parameters and multiply-adds (28 x 28 digits); diffusers' in both layouts of memory"
@@ -478,6 +489,7 @@ def speed(
     if device=='cuda':
         for k,shape,n in (('B', (768, 12), 256), ('XL', (1152, 28), 64)):
             pairs[f'DiT-{k}/2'] = partial(dits, device, n, *shape, size=32)
+    for k,why in left_out(device).items(): say(f'{k} {why}')
     for name,make in pairs.items():
         nets,runs,x = make()
         with torch.no_grad():

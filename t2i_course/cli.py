@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from t2i_course.core.data import CourseError, Draws, is_path, load, results_path, scale as current_scale
 from t2i_course.core.ema import state_for
-from t2i_course.core.training import ALONE, has_bf16, feed, pick_device, spent, train
+from t2i_course.core.training import ALONE, feed, has_bf16, pick_device, spent, train
 from t2i_course.runs import (Stopped, belongs, code_version, codec_place, codec_run, config_hash, cut_log, follow, kept_arms,
                              load_tensors, model_hash, one_writer, read_config, same_threads, save_tensors, seen_from, twin,
                              undisturbed, write_json, write_whole)
@@ -96,6 +96,14 @@ def hardware()->str:
         name = next(names, name)
     return f'{name}, {os.cpu_count()} cores'
 
+def in_hardware(
+    precision:str, # fp32, bf16 or fp16
+    device:str,
+)->bool:
+    "Does the device compute in this precision? If not, it emulates it, many times more slowly than float32"
+    if precision=='fp32': return True
+    return has_bf16(device) if precision=='bf16' else not device.startswith('cpu')
+
 _typed = [] # the command line that `main` is at work on
 
 def command(
@@ -125,7 +133,7 @@ def settings(recipe, data, scale, seconds, images, seed, precision, changes=None
         data=place(data), size=ds.shape[1] if hasattr(ds, 'crop') else None, fingerprint=ds.fingerprint,
         source=ds.source, shape=list(ds.shape), scale=scale,
         images=images, seconds=seconds, seed=seed, precision=precision,
-        threads=torch.get_num_threads(), versions=versions(), hardware=hardware())
+        threads=torch.get_num_threads(), versions=versions(), hardware=hardware(), bf16_units=has_bf16(pick_device()))
 
 def make_folder(out)->Path:
     "Make a folder and try to write there"
@@ -290,6 +298,8 @@ def fit_run(
     if not same:
         raise CourseError(f"the pictures or captions in {config['data']} are not those that {out} was started with: some were added, "
                           'removed or changed. Put them back, or train into another folder.')
+    if ranks.rank==0 and not in_hardware(config['precision'], device):
+        say(f"no units for {config['precision']} here: it is emulated, many times more slowly than fp32")
     if ranks.size==1: torch.set_num_threads(min(config['threads'], os.cpu_count() or 1))
     with undisturbed():
         torch.manual_seed(config['seed'])
@@ -443,7 +453,7 @@ class Model:
             captions,c = ['']*len(captions),c|dict(guidance=self.config['guidance'] or 1.)
         low = torch.float16 if c['precision']=='fp16' else torch.bfloat16
         draw = self.den.painter(self.tok, c)
-        with torch.autocast(torch.device(self.device).type, low, enabled=c['precision']!='fp32'):
+        with torch.autocast(torch.device(self.device).type, low, enabled=c['precision']!='fp32' and in_hardware(c['precision'], self.device)):
             x = draw(captions, seed, each)
         if self.codec is not None:
             with torch.no_grad(): x = torch.cat([self.codec.decode(z.to(self.device)).cpu() for z in x.float().split(250)])
@@ -505,7 +515,7 @@ def eval_run(
         recipe=c['recipe'], params=t['params'], params_trained=t.get('params_trained', t['params']),
         images=t['images'], train_seconds=t['seconds'], steps=t['steps'], train_seed=c['seed'],
         nfe=m.den.calls(c), **{k:c[KEYS.get(k, k)] for k in m.den.options if k!='steps'},
-        precision_mode=c['precision'], source=c['source'], hardware=hardware(), versions=versions(),
+        precision_mode=c['precision'], source=c['source'], hardware=hardware(), bf16_units=has_bf16(pick_device()), versions=versions(),
         date=str(date.today()), command=command(call))
     write_json(m.run/'metrics.json', row)
     if not quiet: print(row_text(row))
@@ -669,7 +679,7 @@ def stamp(chapter:str, seeds)->dict:
     "Who made a result, when, on what"
     call = f"bench(seeds={tuple(seeds)})" if chapter=='bench' else f"run_chapter('{chapter}', {tuple(seeds)})"
     return dict(chapter=chapter, command=command(call), date=str(date.today()), hardware=hardware(),
-                versions=versions(), seeds=list(seeds), scale=current_scale())
+                bf16_units=has_bf16(pick_device()), versions=versions(), seeds=list(seeds), scale=current_scale())
 
 def alike(
     old:dict, # of a run or row that is there
@@ -880,7 +890,7 @@ def doctor():
     device = pick_device()
     print(f'python {platform.python_version()}, torch {torch.__version__}, {hardware()}, '
           f'device {device}, {torch.get_num_threads()} threads')
-    print(f"bfloat16 {'pays' if has_bf16(device) else 'does not pay'} here (measured just now)")
+    print(f"bfloat16 units: {'yes, runs train with bf16' if has_bf16(device) else 'no, runs train with fp32'}")
     try: print(f'data folder: {data_root()}')
     except CourseError as e: print(f'data folder: {e}')
     for p in ('torchvision','diffusers','transformers','scikit-learn','jupyterlab','nbdev','torchmetrics'):
@@ -1023,7 +1033,7 @@ def add_train(command):
     a('--seconds', type=float, metavar='N', help='wall time of training')
     a('--images', type=int, metavar='N', help='images seen: the clock that makes runs repeatable; with --seconds, whichever is first')
     a('--precision', choices=['auto','fp32','bf16','fp16'],
-      help='auto, the default: bf16 where a short probe shows that it pays')
+      help='auto, the default: bf16 where the processor or GPU has units for it, else fp32')
     a('--seed', type=int, metavar='N', help='of every random number (default 0)')
     a('--resume', action='store_true', help='go on with the run in --out; other options may be left out, and may not differ')
     a('--out', metavar='RUN', help='run folder (default runs/RECIPE-DATA-SEED)')

@@ -6,6 +6,7 @@ import torch
 from t2i_course import bench, cli
 from t2i_course.core.data import CourseError, Draws, load
 from t2i_course.core.metrics import broken_strokes
+from t2i_course.core.training import has_bf16
 from t2i_course.diffusion.ddpm import UNet
 from t2i_course.flow import flow_matching
 
@@ -121,17 +122,23 @@ def test_torchcfm_missing_says_what_to_do(monkeypatch):
     with pytest.raises(CourseError, match="pip install torchcfm"): bench.TorchCFM()
 
 
-def test_speed_compares_the_same_work(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("units", [True, False], ids=["bf16 units", "none"])
+def test_speed_compares_the_same_work(tmp_path, monkeypatch, capsys, units):
+    "The same command on both kinds of machine: where there are no units, bfloat16 is left out with a sentence."
+    if units and not has_bf16(): pytest.skip("no bfloat16 units: the sizes of this bench would be emulated")
+    monkeypatch.setattr(bench, "has_bf16", lambda device="cpu": units)
     monkeypatch.setenv("T2I_SCALE", "smoke")
     assert cli.main(["bench", "speed", "--out", str(tmp_path / "speed.json")]) == 0
     res = json.loads((tmp_path / "speed.json").read_text())
-    assert "times as fast as diffusers" in capsys.readouterr().err
+    said, kinds = capsys.readouterr().err, ("fp32", "bf16") if units else ("fp32",)
+    assert "times as fast as diffusers" in said and ("bf16 not measured" in said) == (not units)
     assert res["dit"]["apart"] < 1e-4, "the same weights give the same pictures"
     assert res["dit"]["params"]["ours"] <= res["dit"]["params"]["diffusers"] # theirs has an embedder in every block
     for pair in ("unet", "dit"):
         ours, theirs = (res[pair]["multiply_adds"][k] for k in ("ours", "diffusers"))
         assert abs(ours / theirs - 1) < .1
-        for kind in ("fp32 train", "fp32 draw", "bf16 train", "bf16 draw"):
+        if not units: assert res[pair]["bf16"] == "not measured: no bfloat16 units" and "bf16 train" not in res[pair]
+        for kind in (f"{precision} {step}" for precision in kinds for step in ("train", "draw")):
             ratio = res[pair][kind]["times_faster"]["diffusers"]
             assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"] and res[pair][kind]["share_of_peak"]["ours"] > 0
         assert res[pair]["fp32 memory"]["ours"] > 0

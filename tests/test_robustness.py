@@ -284,9 +284,8 @@ def test_two_processes_on_one_run(children, uninterrupted, tmp_path, capsys):
 def test_asked_to_stop(children, uninterrupted, tmp_path, how):
     out = tmp_path/'r'
     p = children.Process(target=train_in_child, args=(out,)); p.start()
-    end = time.monotonic()+60
-    while not (out/'checkpoint.safetensors').exists() and time.monotonic()<end: time.sleep(.05)
-    os.kill(p.pid, how); p.join(30)
+    while not (out/'checkpoint.safetensors').exists() and p.exitcode is None: time.sleep(.05)
+    os.kill(p.pid, how); p.join()
     assert p.exitcode==130 and not (out/'model.safetensors').exists()
     p = children.Process(target=train_in_child, args=(out,)); p.start(); p.join()
     assert p.exitcode==0 and (out/'model.safetensors').read_bytes()==uninterrupted
@@ -302,8 +301,9 @@ def test_head_start_longer_than_the_clock(capsys):
     assert '2/2 s' in capsys.readouterr().err
 
 def test_seconds_clock_keeps_the_used_time(tmp_path):
-    out = tmp_path/'r'
+    out,start = tmp_path/'r',time.perf_counter()
     cli.train_run('ddpm', 'digits', scale='smoke', seconds=1.5, out=out, quiet=True)
+    took = time.perf_counter()-start
     done = json.loads((out/'train.json').read_text())
     cli.train_run('ddpm', out=out, resume=True, quiet=True) # nothing left to do
-    assert json.loads((out/'train.json').read_text())['images']==done['images'] and 1.5<=done['seconds']<4
+    assert json.loads((out/'train.json').read_text())['images']==done['images'] and 1.5<=done['seconds']<=took

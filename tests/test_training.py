@@ -1,12 +1,13 @@
 "The training loop: exact resume, accumulation, clocks, what stops it, and the choice of threads."
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from t2i_course.core.data import CourseError, Draws, Painted
 from t2i_course.core.ema import EMA, settle
-from t2i_course.core.training import Record, State, Threads, Turn, has_bf16, feed, pick_device, train, warm_linear
+from t2i_course.core.training import Record, State, Threads, Turn, feed, has_bf16, pick_device, train, warm_linear
 from torch import nn
 
 
@@ -299,9 +300,52 @@ def test_feed_is_a_function_of_the_draws():
     assert torch.equal(a[4:], b) and words[4:] == again and a.shape == (8, 3, 32, 32)
 
 
-def test_device_and_probe():
+def test_device():
     assert pick_device() in ("cpu", "cuda", "mps")
-    assert has_bf16("cpu", least=1e9) is False and has_bf16("cpu", least=0) is True
+
+
+MASKS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+
+
+@pytest.fixture
+def unmasked(monkeypatch):
+    for name in MASKS: monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="only Linux lists the flags of its processor in a file")
+def test_bf16_units_are_those_the_kernel_sees(unmasked):
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    assert has_bf16() == bool(flags & {"avx512_bf16", "amx_bf16", "bf16", "svebf16"})
+
+
+@pytest.mark.parametrize("found, units", [
+    ({}, False), ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, False), ({"avx512_bf16": True}, True),
+    ({"amx_bf16": True}, True), ({"architecture": "aarch64", "bf16": True}, True), ({"architecture": "aarch64", "bf16": False}, False)])
+def test_bf16_units_of_processors(unmasked, found, units):
+    unmasked.setattr(torch.cpu, "get_capabilities", lambda: found)
+    unmasked.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    unmasked.setattr("sys.platform", "linux")
+    assert has_bf16() is units
+
+
+@pytest.mark.parametrize("name, value, units", [
+    ("ONEDNN_MAX_CPU_ISA", "AVX2", False), ("ONEDNN_MAX_CPU_ISA", "avx512_core_vnni", False), ("DNNL_MAX_CPU_ISA", "AVX2", False),
+    ("ATEN_CPU_CAPABILITY", "avx2", False), ("ATEN_CPU_CAPABILITY", "default", False), ("ATEN_CPU_CAPABILITY", "avx512", True),
+    ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16", True), ("ONEDNN_MAX_CPU_ISA", "ALL", True)])
+def test_a_mask_hides_the_units(unmasked, name, value, units):
+    unmasked.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    unmasked.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    unmasked.setattr("sys.platform", "linux")
+    unmasked.setenv(name, value)
+    assert has_bf16() is units
+
+
+def test_bf16_units_of_gpus(monkeypatch):
+    for version, units in {(7, 5): False, (8, 0): True, (9, 0): True}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, version=version: version)
+        assert has_bf16("cuda") is has_bf16("cuda:1") is units
+    assert has_bf16("mps") is False
 
 
 def test_learns_and_the_control_does_not():

@@ -43,11 +43,16 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
 
 def test_wheel_imports_trains_and_samples(installed, tmp_path):
     env = {"PYTHONPATH": str(installed), "T2I_SCALE": "smoke", "CUDA_VISIBLE_DEVICES": ""}
-    where = run(sys.executable, "-c", f"import {LIB}.core.data; print({LIB}.__file__)", cwd=tmp_path, **env)
+    work = """
+import sys
+import t2i_course.core.data
+from t2i_course.cli import main
+print(t2i_course.__file__)
+for words in ('train flow_matching --data painted --scale smoke --images 512 --out run'.split(),
+              ['sample', 'run', '--prompt', 'a red seven', '--out', 'a.png']):
+    if code := main(words): sys.exit(code)
+"""
+    where = run(sys.executable, "-c", work, cwd=tmp_path, **env)
     assert where.startswith(str(installed))
-    t2i = [sys.executable, "-c", f"from {LIB}.cli import main; main()"]
-    train = "train flow_matching --data painted --scale smoke --images 512 --out run"
-    run(*t2i, *train.split(), cwd=tmp_path, **env)
     assert (tmp_path / "run" / "model.safetensors").exists()
-    run(*t2i, "sample", "run", "--prompt", "a red seven", "--out", "a.png", cwd=tmp_path, **env)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -7,7 +7,7 @@ __all__ = ['ALONE', 'Record', 'warm_linear', 'feed', 'State', 'pick_device', 'Tu
            'train', 'has_bf16', 'Threads']
 
 # %% ../../nbs/01_core/12_training.ipynb #16fc3532
-import math, time
+import math, os, sys, time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -270,24 +270,24 @@ def train(
         yield Record(state.step, state.images, state.seconds, progress, total, losses, draws, norm, lr,
                      {k:v[0] for k,v in done.items()})
 
+# %% ../../nbs/01_core/12_training.ipynb #3fb16a2e
+# values of ONEDNN_MAX_CPU_ISA that hide the bfloat16 units: with them a fast machine plays a slow one
+WITHOUT_BF16 = {'SSE41','AVX','AVX2','AVX2_VNNI','AVX2_VNNI_2','AVX512_CORE','AVX512_CORE_VNNI'}
+
 # %% ../../nbs/01_core/12_training.ipynb #f7c52e86
 def has_bf16(
-    device:str='cpu',   # where training runs
-    least:float=1.15,   # how many times faster bfloat16 has to be
+    device:str='cpu', # where training runs
 )->bool:
-    "A timed probe of a tenth of a second: a convolution forward and backward, in float32 and in bfloat16, in turns"
-    conv,x = nn.Conv2d(64, 64, 3, padding=1).to(device),torch.randn(32, 64, 16, 16, device=device)
-    wait = getattr(torch, device.split(':')[0]).synchronize if device!='cpu' else lambda: None
-    best = {False:9e9, True:9e9}
-    try:
-        for _ in range(6):
-            for low in best:
-                t = time.perf_counter()
-                with torch.autocast(device.split(':')[0], torch.bfloat16, enabled=low): y = conv(x)
-                y.float().square().mean().backward(); wait()
-                best[low] = min(best[low], time.perf_counter()-t)
-    except RuntimeError: return False
-    return best[False]>least*best[True]
+    "Does it multiply bfloat16 in hardware? Read from its capabilities, not timed: the same answer every time"
+    kind = device.split(':')[0]
+    if kind=='cuda': return torch.cuda.get_device_capability(device)>=(8,0) # Ampere and later
+    if kind!='cpu' or sys.platform=='darwin' or not torch.backends.mkldnn.is_available(): return False
+    masked = os.environ.get('ONEDNN_MAX_CPU_ISA', os.environ.get('DNNL_MAX_CPU_ISA', '')).upper()
+    if masked in WITHOUT_BF16 or os.environ.get('ATEN_CPU_CAPABILITY', '').lower() in ('default','avx2'): return False
+    try: found = torch.cpu.get_capabilities()
+    except AttributeError: # an older torch
+        found = dict(avx512_bf16=torch.cpu._is_avx512_bf16_supported(), amx_bf16=torch.cpu._is_amx_tile_supported())
+    return any(found.get(k, False) for k in ('avx512_bf16','amx_bf16','bf16','sve_bf16'))
 
 # %% ../../nbs/01_core/12_training.ipynb #6d0ff99b
 class Threads:

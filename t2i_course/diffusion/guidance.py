@@ -19,7 +19,7 @@ from ..core.conditioning import Cond, cat
 from ..core.data import Draws, HELD_OUT, INKS, NUMBERS, WEIGHTS, an, load
 from ..core.ema import EMA, train_arm
 from ..core.metrics import SEED, at_most, evaluate, glyph_space, judge_for, obedience, reference
-from ..core.training import State, has_bf16, feed, pick_device, train
+from ..core.training import State, feed, has_bf16, pick_device, train
 from .ddpm import Denoiser, ResBlock, VP, drawer, fourier, guided, linear_betas, recipe
 from .ddpm import sample, solve, text_unet, uniform_times, v
 from .preconditioning import CaptionGaussian, fit_skip, group_of, word_groups

@@ -22,7 +22,7 @@ from ..core.data import Batch, CourseError, Digits, Draws, Labelled, Painted, lo
 from ..core.ema import state_for
 from ..core.metrics import at_most, evaluate, load_judge, reference
 from ..core.plots import COLOURS, DPI, Figure, canvas
-from ..core.training import Turn, has_bf16, feed, pick_device, train
+from ..core.training import Turn, feed, has_bf16, pick_device, train
 
 # %% ../../nbs/02_gan/20_adversarial.ipynb #e8a235a9
 # ---- eight heaps of points ----

@@ -18,7 +18,7 @@ from ..core.conditioning import Cond, WordTokenizer, drawn_from
 from ..core.data import Draws, Labelled, load
 from ..core.ema import state_for, train_arm
 from ..core.metrics import at_most, evaluate, frechet, load_judge, precision_recall, reference
-from ..core.training import Turn, has_bf16, feed, pick_device, train
+from ..core.training import Turn, feed, has_bf16, pick_device, train
 from .adversarial import GAN, caption_encoder, hinge_d, hinge_g
 
 # %% ../../nbs/02_gan/22_biggan.ipynb #b4f2765c
