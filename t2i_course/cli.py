@@ -115,7 +115,7 @@ def command(
     return shlex.join([*(('python','-m','t2i_course') if as_module else ('t2i',)), *_typed[-1]])
 
 # ---- train ----
-@undisturbed() # the probe of bfloat16 draws random numbers
+@undisturbed() # opening a codec makes its first weights
 def settings(recipe, data, scale, seconds, images, seed, precision, changes=None, codec=None, size=None)->dict:
     "The config of a new run: everything needed to make the same model again"
     mod = module(recipe)
