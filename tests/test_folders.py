@@ -74,6 +74,12 @@ def test_words_whatever_the_text(text):
     assert split_words(' '.join(words)) == [v for w in words for v in split_words(w)]
 
 
+@given(st.text(st.characters(codec='ascii'), max_size=30))
+@settings(deadline=None, max_examples=300)
+def test_ascii_is_cut_by_the_same_rules(text):
+    assert split_words(text) == split_words(text+' é')[:-1]
+
+
 @pytest.mark.parametrize('first,last', [(0x900, 0x97f), (0xe00, 0xe7f), (0xb80, 0xbff), (0x590, 0x5ff), (0x620, 0x669)])
 def test_letters_and_marks_of_a_script_hold_together(first, last):
     "Every sign of a script that is a letter, a mark or a digit is a part of the word around it"
