@@ -147,6 +147,8 @@ if __name__ == "__main__":
     kind, rest = sys.argv[1:2], sys.argv[2:]
     try:
         if kind == ["--guard"]: sys.exit(guard(rest))
-        if kind == ["--notebooks"]: sys.exit(run_notebooks(int(rest[0])))
+        if kind == ["--notebooks"]:
+            import run_tests  # by its name: in a worker, `__main__` is the notebook that ran last
+            sys.exit(run_tests.run_notebooks(int(rest[0])))
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt: sys.exit(130)
