@@ -117,7 +117,9 @@ def run_notebooks(workers):
 def pytest_command(workers, options):
     "pytest, on several workers where pytest-xdist is installed."
     try: import xdist  # noqa: F401
-    except ImportError: workers = 1
+    except ImportError:
+        workers = 1
+        print("pytest-xdist is not installed: the tests run on one worker", flush=True)
     spread = ["-n", workers, "--dist", "loadgroup", "--no-loadscope-reorder"] if workers > 1 else []
     return [sys.executable, "-m", "pytest", *spread, *options]
 
@@ -131,7 +133,7 @@ def main(words):
     here = {"T2I_SCALE": "smoke", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env, took, code = os.environ | here, {}, 0
     commands = {"notebooks": [sys.executable, __file__, "--notebooks", workers],
-                "pytest": pytest_command(workers, words[1:]),
+                "pytest": pytest_command(workers, words[1:]) if "pytest" in names else [],
                 "browser": [sys.executable, "-m", "pytest", "tests/browser"]}
     for name in names:
         start = time.time()
