@@ -117,7 +117,9 @@ def run_notebooks(workers):
 def pytest_command(workers, options):
     "pytest, on several workers where pytest-xdist is installed."
     try: import xdist  # noqa: F401
-    except ImportError: workers = 1
+    except ImportError:
+        workers = 1
+        print("pytest-xdist is not installed: the tests run on one worker", flush=True)
     spread = ["-n", workers, "--dist", "loadgroup", "--no-loadscope-reorder"] if workers > 1 else []
     return [sys.executable, "-m", "pytest", *spread, *options]
 
@@ -131,7 +133,7 @@ def main(words):
     here = {"T2I_SCALE": "smoke", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env, took, code = os.environ | here, {}, 0
     commands = {"notebooks": [sys.executable, __file__, "--notebooks", workers],
-                "pytest": pytest_command(workers, words[1:]),
+                "pytest": pytest_command(workers, words[1:]) if "pytest" in names else [],
                 "browser": [sys.executable, "-m", "pytest", "tests/browser"]}
     for name in names:
         start = time.time()
@@ -147,6 +149,8 @@ if __name__ == "__main__":
     kind, rest = sys.argv[1:2], sys.argv[2:]
     try:
         if kind == ["--guard"]: sys.exit(guard(rest))
-        if kind == ["--notebooks"]: sys.exit(run_notebooks(int(rest[0])))
+        if kind == ["--notebooks"]:
+            import run_tests  # by its name: in a worker, `__main__` is the notebook that ran last
+            sys.exit(run_tests.run_notebooks(int(rest[0])))
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt: sys.exit(130)
