@@ -126,6 +126,9 @@ def settings(recipe, data, scale, seconds, images, seed, precision, changes=None
     say_size(ds)
     if hasattr(mod, 'recipe_for'): config = mod.recipe_for(ds, scale, None if images else seconds)
     else: config = mod.recipe(ds.shape[0], ds.words, ds.size, scale)
+    if config.get('skip') and ds.shape[1]*ds.shape[2]>64*64: # its fit grows with the third power of the number of pixels
+        say(f'pictures of {ds.shape[2]} x {ds.shape[1]} are too large for the closed-form head start, which is left out')
+        config['skip'] = False
     if images is None and seconds is None: images = IMAGES[scale]
     if precision=='auto': precision = 'bf16' if has_bf16(pick_device()) else 'fp32'
     if codec: config |= dict(codec=str(Path(codec).resolve()), codec_model=model_hash(codec), clamp=4.) # whitened latents: variance 1, not [-1,1]
