@@ -81,7 +81,8 @@ def hardware()->str:
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
     name,info = platform.processor() or platform.machine(),Path('/proc/cpuinfo')
     if info.exists():
-        names = (l.split(':')[1].strip() for l in info.read_text(encoding='utf-8', errors='replace').splitlines() if l.startswith('model name'))
+        lines = info.read_text(encoding='utf-8', errors='replace').splitlines()
+        names = (l.split(':')[1].strip() for l in lines if l.startswith('model name'))
         name = next(names, name)
     return f'{name}, {os.cpu_count()} cores'
 
@@ -104,7 +105,8 @@ def settings(recipe, data, scale, seconds, images, seed, precision, changes=None
     else: config = mod.recipe(ds.shape[0], ds.words, ds.size, scale)
     if images is None and seconds is None: images = IMAGES[scale]
     if precision=='auto': precision = 'bf16' if bf16_pays(pick_device()) else 'fp32'
-    if codec: config |= dict(codec=str(Path(codec).resolve()), codec_model=model_hash(codec), clamp=4.) # whitened latents: variance 1, not [-1,1]
+    if codec: # whitened latents: variance 1, not [-1,1]
+        config |= dict(codec=str(Path(codec).resolve()), codec_model=model_hash(codec), clamp=4.)
     return config|(changes or {})|dict(
         data=str(Path(data).resolve()) if Path(data).is_dir() else data,
         source=ds.source, shape=list(ds.shape), scale=scale,
@@ -195,12 +197,14 @@ def same_run(
     if given['recipe'] not in (None, config['recipe']):
         raise CourseError(f"{out} is a run of {config['recipe']}, not of {given['recipe']}: resume with {config['recipe']}, "
                           'or train into another folder')
-    def refuse(name, old): raise CourseError(f'{out} was started with {old}; resume without --{name}, or train into another folder')
+    def refuse(name, old):
+        raise CourseError(f'{out} was started with {old}; resume without --{name}, or train into another folder')
     for name,value in given.items():
         if value is None or name in ('recipe','data','codec') or (name, value)==('precision','auto'): continue
         if name=='changes':
             for k,v in json.loads(json.dumps(value)).items():
-                if config.get(k)!=v: raise CourseError(f'{out} was started with {k} = {config.get(k)}, not {v}: train into another folder')
+                if config.get(k)==v: continue
+                raise CourseError(f'{out} was started with {k} = {config.get(k)}, not {v}: train into another folder')
         elif name in ('images','seconds') and value!=config[name]:
             clock = 'images' if config['images'] else 'seconds'
             refuse(name, f'--{clock} {config[clock]}')
@@ -219,10 +223,11 @@ def moved_data(out:Path, config:dict, data, refuse)->str:
     if data is None or str(data)==old or is_place(old) and Path(data).resolve()==Path(old): return None
     if not is_place(old) or not Path(data).is_dir(): refuse('data', f'--data {old}')
     if not config.get('fingerprint'):
-        raise CourseError(f'{out} does not say which pictures it was started with, because an earlier version made it: put the folder back to {old}')
+        raise CourseError(f'{out} does not say which pictures it was started with, because an earlier version made it: '
+                          f'put the folder back to {old}')
     if getattr(open_data(data, codec_place(out, config)), 'fingerprint', None)!=config['fingerprint']:
-        raise CourseError(f'{out} was started with other pictures or captions than those in {data}: name the folder that holds them, '
-                          'or train into another folder')
+        raise CourseError(f'{out} was started with other pictures or captions than those in {data}: '
+                          'name the folder that holds them, or train into another folder')
     return str(Path(data).resolve())
 
 def moved_codec(out:Path, config:dict, codec, refuse)->str:
@@ -236,8 +241,8 @@ def moved_codec(out:Path, config:dict, codec, refuse)->str:
 def missing_folder(out:Path, config:dict)->CourseError:
     "A sentence, when the pictures of a run are not where they were; None when they are"
     if not is_place(config['data']) or Path(config['data']).is_dir(): return None
-    return CourseError(f"the pictures of {out} were in {config['data']}, which is not there: if the folder was moved, write down its new "
-                       f'place with: t2i train --resume --out {out} --data FOLDER')
+    return CourseError(f"the pictures of {out} were in {config['data']}, which is not there: if the folder was moved, "
+                       f'write down its new place with: t2i train --resume --out {out} --data FOLDER')
 
 def run_data(out:Path, config:dict):
     "The pictures of a run, and are they still the same?"
@@ -273,8 +278,8 @@ def fit_run(
     "The training itself: what the model becomes is in the config, how the work is done in the other arguments"
     device,(ds,same) = pick_device(),run_data(out, config)
     if not same:
-        raise CourseError(f"the pictures or captions in {config['data']} are not those that {out} was started with: some were added, "
-                          'removed or changed. Put them back, or train into another folder.')
+        raise CourseError(f"the pictures or captions in {config['data']} are not those that {out} was started with: "
+                          'some were added, removed or changed. Put them back, or train into another folder.')
     if ranks.size==1: torch.set_num_threads(min(config['threads'], os.cpu_count() or 1))
     with undisturbed():
         torch.manual_seed(config['seed'])
@@ -378,7 +383,8 @@ class Model:
     ):
         self.run,self.config = Path(run),read_config(run)
         if data:
-            if not is_place(self.config['data']): raise CourseError(f"{run} was trained on {self.config['data']}: leave --data out")
+            old = self.config['data']
+            if not is_place(old): raise CourseError(f'{run} was trained on {old}: leave --data out')
             self.config['data'] = str(Path(data).resolve())
         path = self.run/'model.safetensors'
         if not path.exists():
@@ -466,7 +472,9 @@ def eval_run(
     m,call = Model(run, data),f'eval_run({str(run)!r}, n={n}, seed={seed})'
     c,t = m.config,json.loads((m.run/'train.json').read_text(encoding='utf-8'))
     data,same = run_data(m.run, c)
-    if not same: say(f"the pictures or captions in {c['data']} are not those that {run} was trained on: measured beside what is there now")
+    if not same:
+        say(f"the pictures or captions in {c['data']} are not those that {run} was trained on: "
+            'measured beside what is there now')
     row = evaluate(m.draw, data if m.codec is None else data.origin(), n=n, seed=seed)|dict(
         recipe=c['recipe'], params=t['params'], params_trained=t.get('params_trained', t['params']),
         images=t['images'], train_seconds=t['seconds'], steps=t['steps'], train_seed=c['seed'],
@@ -518,9 +526,11 @@ def claim_demo_folder(
         try: config = read_config(out) if 'config.json' in found else {}
         except CourseError: config = {}
         # earlier versions left no mark; the folder that is the demo's own by name is known all the same
-        own = config.get('demo') or out==Path('runs/demo') and (config.get('recipe'), config.get('data'))==('flow_matching', 'painted')
+        alike = (config.get('recipe'), config.get('data'))==('flow_matching', 'painted')
+        own = config.get('demo') or out==Path('runs/demo') and alike
         if found and not own:
-            raise CourseError(f"{out} holds {', '.join(found)}, which t2i demo did not make: choose another --out, or take them away yourself")
+            raise CourseError(f"{out} holds {', '.join(found)}, which t2i demo did not make: choose another --out, "
+                              'or take them away yourself')
         clear_run(out)
         yield
 
@@ -559,7 +569,9 @@ SHEET = 256 # pictures that can still be told apart, and read, on one sheet
 
 def fits_sheet(n:int):
     "More pictures than a sheet can show are refused, before they are drawn"
-    if n>SHEET: raise CourseError(f'{n:,} pictures do not fit on one sheet, which shows at most {SHEET}: take --out pictures.npz, or draw fewer')
+    if n<=SHEET: return
+    raise CourseError(f'{n:,} pictures do not fit on one sheet, which shows at most {SHEET}: '
+                      'take --out pictures.npz, or draw fewer')
 
 def write_sheet(
     path,     # a .png file
