@@ -92,7 +92,8 @@ def hardware()->str:
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
     name,info = platform.processor() or platform.machine(),Path('/proc/cpuinfo')
     if info.exists():
-        names = (l.split(':')[1].strip() for l in info.read_text(encoding='utf-8', errors='replace').splitlines() if l.startswith('model name'))
+        lines = info.read_text(encoding='utf-8', errors='replace').splitlines()
+        names = (l.split(':')[1].strip() for l in lines if l.startswith('model name'))
         name = next(names, name)
     return f'{name}, {os.cpu_count()} cores'
 
@@ -221,12 +222,14 @@ def same_run(
     if given['recipe'] not in (None, config['recipe']):
         raise CourseError(f"{out} is a run of {config['recipe']}, not of {given['recipe']}: resume with {config['recipe']}, "
                           'or train into another folder')
-    def refuse(name, old): raise CourseError(f'{out} was started with {old}; resume without --{name}, or train into another folder')
+    def refuse(name, old):
+        raise CourseError(f'{out} was started with {old}; resume without --{name}, or train into another folder')
     for name,value in given.items():
         if value is None or name in ('recipe','data','codec') or (name, value)==('precision','auto'): continue
         if name=='changes':
             for k,v in json.loads(json.dumps(value)).items():
-                if config.get(k)!=v: raise CourseError(f'{out} was started with {k} = {config.get(k)}, not {v}: train into another folder')
+                if config.get(k)==v: continue
+                raise CourseError(f'{out} was started with {k} = {config.get(k)}, not {v}: train into another folder')
         elif name in ('images','seconds') and value!=config[name]:
             clock = 'images' if config['images'] else 'seconds'
             refuse(name, f'--{clock} {config[clock]}')
@@ -419,7 +422,8 @@ class Model:
     ):
         self.run,self.config = Path(run),read_config(run)
         if data:
-            if not is_path(self.config['data']): raise CourseError(f"{run} was trained on {self.config['data']}: leave --data out")
+            old = self.config['data']
+            if not is_path(old): raise CourseError(f'{run} was trained on {old}: leave --data out')
             self.config['data'] = str(Path(data).resolve())
         path = self.run/'model.safetensors'
         if not path.exists():
@@ -574,9 +578,11 @@ def claim_demo_folder(
         try: config = read_config(out) if 'config.json' in found else {}
         except CourseError: config = {}
         # earlier versions left no mark; the folder that is the demo's own by name is known all the same
-        own = config.get('demo') or out==Path('runs/demo') and (config.get('recipe'), config.get('data'))==('flow_matching', 'painted')
+        alike = (config.get('recipe'), config.get('data'))==('flow_matching', 'painted')
+        own = config.get('demo') or out==Path('runs/demo') and alike
         if found and not own:
-            raise CourseError(f"{out} holds {', '.join(found)}, which t2i demo did not make: choose another --out, or take them away yourself")
+            raise CourseError(f"{out} holds {', '.join(found)}, which t2i demo did not make: choose another --out, "
+                              'or take them away yourself')
         clear_run(out)
         yield
 
@@ -642,7 +648,9 @@ SHEET = 256 # pictures that can still be told apart, and read, on one sheet
 
 def fits_sheet(n:int):
     "More pictures than a sheet can show are refused, before they are drawn"
-    if n>SHEET: raise CourseError(f'{n:,} pictures do not fit on one sheet, which shows at most {SHEET}: take --out pictures.npz, or draw fewer')
+    if n<=SHEET: return
+    raise CourseError(f'{n:,} pictures do not fit on one sheet, which shows at most {SHEET}: '
+                      'take --out pictures.npz, or draw fewer')
 
 def write_sheet(
     path,     # a .png file

@@ -100,7 +100,8 @@ def model_hash(
 )->str:  # sha256 of its model, as the file says
     "What a run that builds on this one remembers of it"
     path = Path(run)/'model.safetensors'
-    if not path.is_file(): raise CourseError(f'{run} has no trained model: finish it with t2i train --resume --out {run}, or put it back')
+    if not path.is_file():
+        raise CourseError(f'{run} has no trained model: finish it with t2i train --resume --out {run}, or put it back')
     try:
         with safe_open(path, 'pt') as f: header = f.metadata() or {}
         return json.loads(header.get('note', '{}')).get('sha256') or header.get('sha256')
@@ -159,8 +160,8 @@ def codec_run(
         raise CourseError(f'{run} uses the codec of {path}, which is not there: put it back, move both together, '
                           f'or write down its new place with: t2i train --resume --out {run} --codec RUN')
     if config.get('codec_model') not in (None, model_hash(path)):
-        raise CourseError(f'{run} was trained with another codec than the one that is now in {path} (the hash of its model differs): '
-                          'put the old one back, or train again')
+        raise CourseError(f'{run} was trained with another codec than the one that is now in {path} '
+                          '(the hash of its model differs): put the old one back, or train again')
     return path
 
 def seen_from(
@@ -213,8 +214,8 @@ def one_writer(
         try: f,times = _open_lock(path),0
         except OSError as e: raise not_written(path, e) from e
         if f is None:
-            raise CourseError(f'{run} is being written by another t2i, which is still running: wait until it has ended, stop it, '
-                              'or choose another --out')
+            raise CourseError(f'{run} is being written by another t2i, which is still running: '
+                              'wait until it has ended, stop it, or choose another --out')
     _held[run] = f,me,times+1
     try: yield
     finally:

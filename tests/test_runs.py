@@ -334,15 +334,18 @@ def test_a_second_writer_is_refused(copy, capsys):
 
 @pytest.mark.skipif(os.name=='nt', reason='forks')
 def test_a_forked_child_does_not_keep_the_lock(tmp_path):
-    r,w = os.pipe()
+    (r,w),(ready,begun) = os.pipe(),os.pipe()
     with runs.one_writer(tmp_path):
         child = os.fork()
         if not child:
-            os.read(r, 1); os._exit(0)
-        f,*_ = runs._held[tmp_path.resolve()]
-        os.close(f); runs._held[tmp_path.resolve()] = (os.open(os.devnull, os.O_RDONLY), threading.get_ident(), 1) # as if killed
+            os.write(begun, b'x'); os.read(r, 1); os._exit(0)
+        os.read(ready, 1)
+        f,me,times = runs._held[tmp_path.resolve()]
+        os.close(f) # as if this process had been killed
+        runs._held[tmp_path.resolve()] = os.open(os.devnull, os.O_RDONLY),me,times
         again = runs._open_lock(tmp_path/'.lock')
         os.write(w, b'x'); os.waitpid(child, 0)
+        for f in (r, w, ready, begun): os.close(f)
         assert again is not None
         os.close(again)
 
