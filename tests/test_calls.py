@@ -2,6 +2,7 @@
 import inspect
 import json
 import pkgutil
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -24,13 +25,16 @@ def model_of(recipe, data="digits", scale="smoke", **change):
     return tok, model, config
 
 
+def thrice(draw, _): return draw(["a handwritten seven", "a handwritten two", ""])
+
+
 @pytest.mark.parametrize("recipe", cli.RECIPES)
 def test_what_is_said_is_what_is_called(recipe):
     "Three pictures, drawn from captions, make three times the calls of one."
     tok, model, config = model_of(recipe)
     for change in ({}, *(d for d in DRAWN if d.keys() <= config.keys())):
         c = config | change
-        rows = count_calls(lambda _, draw=model.painter(tok, c): draw(["a handwritten seven", "a handwritten two", ""]), model.counted())
+        rows = count_calls(partial(thrice, model.painter(tok, c)), model.counted())
         assert rows == 3 * model.calls(c) > 0, change
 
 

@@ -1,6 +1,7 @@
 """One, two and four processes are the same run; what each holds; checkpoints that fit any number; a process that dies."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from t2i_course.diffusion.ddpm import UNet
 from t2i_course.runs import load_tensors
 from t2i_course.scale import fsdp
 
-ARMS = dict(fp32={}, double=dict(double=True), bf16=dict(precision="bf16"), fp16=dict(precision="fp16"),
-            odd=dict(batch=7, accumulate=2), slim=dict(checkpointing=True),
-            few=dict(batch=3, steps=4))
+STEPS = 8 # of a run, where nothing else is said
+ARMS = {k: dict(steps=STEPS) | o for k, o in dict(
+    fp32={}, double=dict(double=True), bf16=dict(precision="bf16"), fp16=dict(precision="fp16"),
+    odd=dict(batch=7, accumulate=2), slim=dict(checkpointing=True, steps=4), few=dict(batch=3, steps=4)).items()}
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +29,19 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp("ranks")
 
 
 @pytest.fixture(scope="module")
-def alone(folder): return dict(zip(ARMS, fsdp.launch(1, *(dict(out=folder / f"1{k}", **o) for k, o in ARMS.items()))))
+def alone(folder):
+    "One process: this one"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for k, o in ARMS.items(): fsdp.trial(folder / f"1{k}", **o)
+    torch.set_num_threads(before)
+    return {k: torch.load(folder / f"1{k}" / "end.pt") for k in ARMS}
 
 
 @pytest.fixture(scope="module")
 def two(folder):
     todo = {(how, k): dict(out=folder / f"2{how}{k}", how=how, **o) for how in ("ddp", "fsdp") for k, o in ARMS.items()}
-    more = [dict(out=folder / "stopped", how="fsdp", stop=9)]
+    more = [dict(out=folder / "stopped", how="fsdp", steps=STEPS, stop=3)]
     return dict(zip([*todo, "stopped"], fsdp.launch(2, *todo.values(), *more)))
 
 
@@ -41,7 +49,14 @@ def two(folder):
 def four(folder):
     pairs = (("fsdp", "fp32"), ("ddp", "double"), ("fsdp", "double"), ("fsdp", "few"))
     todo = {(how, k): dict(out=folder / f"4{how}{k}", how=how, **ARMS[k]) for how, k in pairs}
-    return dict(zip([*todo, "saved"], fsdp.launch(4, *todo.values(), dict(out=folder / "reshard", how="fsdp", stop=8))))
+    return dict(zip([*todo, "saved"], fsdp.launch(4, *todo.values(), dict(out=folder / "reshard", how="fsdp", steps=STEPS, stop=3))))
+
+
+@pytest.fixture(scope="module")
+def again(folder, two, four):
+    "Two processes go on with what two and four have saved"
+    todo = [dict(out=folder / name, how="fsdp", steps=STEPS, resume=True, **o) for name, o in dict(stopped={}, reshard=dict(stop=6)).items()]
+    return dict(zip(("stopped", "reshard"), fsdp.launch(2, *todo)))
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
@@ -81,24 +96,24 @@ def test_each_process_holds_what_the_formula_says(two, four):
                 assert h["weights"] == h["gradients"] == h["average"] == share and h["optimizer"] == 2 * share
 
 
-def test_resharding_four_two_one(alone, four, folder):
-    fsdp.launch(2, dict(out=folder / "reshard", how="fsdp", stop=14, resume=True))
-    end, = fsdp.launch(1, dict(out=folder / "reshard", resume=True))
-    d = fsdp.apart(alone["fp32"] | dict(log=alone["fp32"]["log"][14:]), end)
-    assert d["loss"] < 1e-6 and d["weights"] < 1e-3 and len(end["log"]) == 6
+def test_resharding_four_two_one(alone, again, folder):
+    assert len(again["reshard"]["log"]) == 3
+    fsdp.trial(folder / "reshard", steps=STEPS, resume=True)
+    end = torch.load(folder / "reshard" / "end.pt")
+    d = fsdp.apart(alone["fp32"] | dict(log=alone["fp32"]["log"][6:]), end)
+    assert d["loss"] < 1e-6 and d["weights"] < 1e-3 and len(end["log"]) == 2
 
 
-def test_resume_is_exact_at_the_same_number(two, folder):
-    end, = fsdp.launch(2, dict(out=folder / "stopped", how="fsdp", resume=True))
-    straight = two["fsdp", "fp32"]
-    assert end["log"] == straight["log"][9:]
+def test_resume_is_exact_at_the_same_number(two, again):
+    end, straight = again["stopped"], two["fsdp", "fp32"]
+    assert end["log"] == straight["log"][3:] and len(end["log"]) == STEPS - 3
     for k in ("weights", "average"):
         for n, v in straight[k].items(): assert torch.equal(v, end[k][n])
 
 
 def test_a_checkpoint_without_its_last_file_is_not_one(folder, two, tmp_path):
     good = fsdp.checkpoints(folder / "stopped")
-    assert [p.name for p in good] == ["checkpoint-72"]
+    assert [p.name for p in good] == ["checkpoint-24"]
     (tmp_path / "checkpoint-99").mkdir()
     assert fsdp.checkpoints(tmp_path) == []
     state = SimpleNamespace(net=torch.nn.Linear(2, 2), ema=None, opts={})
@@ -139,13 +154,13 @@ def start(out, *more, size=2):
                             env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-NEW = ["ddpm", "--data", "digits", "--scale", "smoke", "--images", "4000", "--precision", "fp32"]
+NEW = ["dit", "--data", "digits", "--scale", "smoke", "--images", "1920", "--precision", "fp32"]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(folder):
     p = start(folder / "straight", *NEW, "--shard", "fsdp")
-    out, err = p.communicate(timeout=200)
+    out, err = p.communicate(timeout=300)
     assert p.returncode == 0, err[-2000:]
     assert "process 0 of 2 holds" in err and "process 1 of 2 holds" in err and out.count("trained") == 1
     return load_tensors(folder / "straight" / "model.safetensors")[0]
@@ -166,39 +181,15 @@ def test_a_process_that_dies_stops_the_others_and_the_run_goes_on(undisturbed, f
     assert p.returncode != 0 and time.monotonic() - began < 60
     assert "--resume" in err or "Signal 9" in err or "SIGKILL" in err, err[-2000:]
     assert not (out / "model.safetensors").exists() and fsdp.checkpoints(out)
-    p = start(out, "ddpm", "--shard", "fsdp", "--resume")
-    _, err = p.communicate(timeout=200)
+    shutil.copytree(out, folder / "handed on")
+    p = start(out, "dit", "--shard", "fsdp", "--resume")
+    _, err = p.communicate(timeout=300)
     assert p.returncode == 0 and "going on at" in err, err[-2000:]
     again, _ = load_tensors(out / "model.safetensors")
     for k, v in undisturbed.items(): assert torch.equal(v, again[k])
     assert cli.Model(out).draw(["a handwritten seven"]).shape == (1, 1, 16, 16)
-
-
-def test_one_process_finishes_what_two_began(undisturbed, folder):
-    out = folder / "handed on"
-    p = start(out, *NEW, "--shard", "fsdp")
-    for _ in range(600):
-        if fsdp.checkpoints(out): break
-        time.sleep(.1)
-    p.send_signal(signal.SIGINT)
-    p.communicate(timeout=60)
-    if not (out / "model.safetensors").exists(): # else it was faster than the signal
-        p = start(out, "ddpm", "--resume", size=1)
-        _, err = p.communicate(timeout=200)
-        assert p.returncode == 0, err[-2000:]
-    again, _ = load_tensors(out / "model.safetensors")
+    # and one process finishes what two began
+    cli.train_run("dit", resume=True, out=folder / "handed on", quiet=True)
+    again, _ = load_tensors(folder / "handed on" / "model.safetensors")
     for k, v in undisturbed.items(): assert (v.float() - again[k].float()).abs().max() < .02
-    assert json.loads((out / "train.json").read_text())["images"] == 4000
-
-
-def test_shards_are_read_the_same_way_by_any_number(folder, capsys):
-    from t2i_course.scale.recipes import prepare
-    prepare("digits", folder / "shards", 300, shard_size=64)
-    new = ["ddpm", "--data", str(folder / "shards"), "--scale", "smoke", "--images", "640", "--precision", "fp32"]
-    found = []
-    for size, more in ((1, ()), (2, ("--shard", "ddp"))):
-        p = start(folder / f"from shards {size}", *new, *more, size=size)
-        _, err = p.communicate(timeout=200)
-        assert p.returncode == 0, err[-2000:]
-        found.append(load_tensors(folder / f"from shards {size}" / "model.safetensors")[0])
-    for k, v in found[0].items(): assert (v.float() - found[1][k].float()).abs().max() < 5e-3
+    assert json.loads((folder / "handed on" / "train.json").read_text())["images"] == 1920

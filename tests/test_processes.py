@@ -16,6 +16,7 @@ from t2i_course.core.data import CourseError, Draws
 from t2i_course.core.ema import EMA
 from t2i_course.core.training import everyone
 from t2i_course.scale import fsdp
+from t2i_course.scale.recipes import prepare
 
 HOWS = ("ddp", "fsdp")
 SHARED = ("vqvae", "vqvae2", "dvae", "ddpm", "dit", "flow_matching") # the recipes with one loss
@@ -40,6 +41,8 @@ def two(folder):
         todo[recipe, how, "stopped"] = one(recipe, how, "-cut", stop=3)
         todo[recipe, how, "resumed"] = one(recipe, how, "-cut", resume=True)
         if how == "fsdp": todo[recipe, how, "bf16"] = one(recipe, how, "-bf16", precision="bf16", batches=1)
+    prepare("digits", folder / "shards", 100, shard_size=32)
+    todo["ddpm", "ddp", "shards"] = one("ddpm", "ddp", "-shards", data=str(folder / "shards"))
     (folder / "trials.json").write_text(json.dumps(list(todo.values())))
     env = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
                             PYTHONPATH=os.pathsep.join([str(Path(fsdp.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
@@ -103,6 +106,12 @@ def test_a_last_step_of_one_image_resumes_to_the_same_bytes_on_one_process(folde
     processes.trial("flow_matching", folder / "alone-cut", stop=3)
     again = processes.trial("flow_matching", folder / "alone-cut", resume=True)
     assert again["hash"] == alone("flow_matching")["hash"]
+
+
+def test_shards_are_read_the_same_way_by_any_number(two, folder):
+    found = processes.trial("ddpm", folder / "alone-shards", data=str(folder / "shards"))
+    loss, largest, rms = apart(two["ddpm", "ddp", "shards"][0], found)
+    assert loss < 1e-6 and largest < LARGEST and rms < RMS
 
 
 # ---- one process that belongs to a group ----
