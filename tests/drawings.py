@@ -1,6 +1,7 @@
 """A stranger's folder, made offline: small drawings of symbols in coloured ink, one short caption each.
 
-python tests/drawings.py FOLDER writes it; `world` gives it in memory, with combinations of ink and thing left out."""
+python tests/drawings.py FOLDER writes it; python tests/drawings.py FOLDER 24000 closed without trains on it, too,
+with the closed form and without, and measures both on combinations of ink and thing that the folder lacks."""
 import unicodedata
 from functools import lru_cache
 from pathlib import Path
@@ -106,6 +107,7 @@ def trial(data, images, scale="demo", skip=True, seed=0, n=200):
     import time
 
     from t2i_course.core.ema import state_for
+    from t2i_course.core.metrics import evaluate
     from t2i_course.core.training import feed, train
     from t2i_course.diffusion.preconditioning import fit_skip
     from t2i_course.flow import flow_matching
@@ -126,7 +128,10 @@ def trial(data, images, scale="demo", skip=True, seed=0, n=200):
     x, captions = data.x["train"][:n] / 127.5 - 1, data.texts["train"][:n]
     out["trained"] = agreement(draw(captions, seed), x)
     out["guess"] = guess_error(den, tok, *unseen(data))
-    return out | dict(tok=tok, den=den)
+    row = evaluate(draw, data, n=n, seed=seed, n_trained=n)
+    out["row"] = {k: row[k] for k in ("n", "fd", "fd_floor", "nearest", "nearest_real", "nearest_train_captions",
+                                      "n_train_captions")}
+    return out
 
 
 def agreement(drawn, real):
@@ -155,14 +160,17 @@ def jumps(losses, window=50):
     return max((v[i] / v[i - window:i].mean()).item() for i in range(window, len(v)))
 
 
+def main(folder, images=None, *arms):
+    "Write the folder; train on it with the closed form and without, and print what came out"
+    from t2i_course.core.data import load
+    write(folder)
+    for arm in (arms or ("closed", "without")) if images else ():
+        r = trial(load(str(folder)), int(images), skip=arm == "closed")
+        v = r.pop("losses")
+        print(arm, r, f"loss: last tenth {sum(v[-len(v) // 10:]) / (len(v) // 10):.3f}, largest {max(v):.2f},",
+              f"largest over the mean of the 50 steps before {jumps(v):.2f}", flush=True)
+
+
 if __name__ == "__main__":
     import sys
-
-    from t2i_course.core.data import load
-    folder = write(sys.argv[1])
-    for skip in (True, False):
-        r = trial(load(str(folder)), int(sys.argv[2]), *sys.argv[3:4], skip=skip)
-        v = r["losses"]
-        print("closed form" if skip else "without", {k: r[k] for k in ("fit_seconds", "seconds", "unseen", "trained", "guess")},
-              f"loss last tenth {sum(v[-len(v) // 10:]) / (len(v) // 10):.3f}, largest {max(v):.2f}, "
-              f"largest over the mean of the 50 before {jumps(v):.2f}", flush=True)
+    main(*sys.argv[1:])
