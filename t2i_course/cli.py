@@ -504,7 +504,7 @@ def run_chapter(
     if name=='report_card': return report_card(head, path, seeds, seconds)
     arms = [(f'row.{d}', partial(measured_rows, name, d, seeds, seconds, Path('runs')/'rows')) for d in rows]
     make_arms(arms+list(mod.experiments(current_scale(), seeds)), head, path, getattr(mod, 'MAY_AGREE', ()))
-    print(f'wrote {path}')
+    print(f'{path} is complete')
 
 def make_arms(
     arms,      # (key, make) of each

@@ -11,7 +11,8 @@ from t2i_course.ar import dalle
 from t2i_course.cli import CHAPTERS, main, put, run_chapter
 from t2i_course.codec import dvae, vae, vqvae
 from t2i_course.core.data import CourseError, load
-from t2i_course.gan import adversarial, biggan, text_gan
+from t2i_course.diffusion import samplers
+from t2i_course.gan import adversarial, biggan, stylegan2, text_gan
 from t2i_course.runs import code_version, kept_arms, measured_numbers, twin, value_at
 from tree import ROOT
 
@@ -253,6 +254,15 @@ def test_what_may_agree_is_a_short_list():
     assert {n: chapter(n).MAY_AGREE for n in SWEEPS if hasattr(chapter(n), "MAY_AGREE")} == {"fsdp": ("apart",)}
 
 
+@pytest.mark.parametrize("scale", ["smoke", "demo", "full"])
+def test_points_of_a_sweep_are_different_ones(scale):
+    "Two numbers of calls can be the same number of Heun steps; at psi 1 it does not matter where w would be pulled."
+    for sampler in samplers.SAMPLERS.values():
+        steps = [samplers.steps_for(sampler, n) for n in samplers.SWEEP[scale]["nfe"]]
+        assert len(set(steps)) == len(steps), steps
+    assert set(stylegan2.SWEEP[scale]["psi"]) - {1.}
+
+
 def test_the_early_arms_are_early(monkeypatch):
     "They get their share of the pictures, and come out otherwise than the arms that are trained to the end."
     images, arm = {}, dalle.fit_arm
@@ -261,10 +271,10 @@ def test_the_early_arms_are_early(monkeypatch):
         images[config["counts"], n] = True
         return arm(codec, tok, data, config, n, seed, precision)
     monkeypatch.setattr(dalle, "fit_arm", watched)
-    monkeypatch.setitem(dalle.SWEEP, "smoke", dalle.SWEEP["smoke"] | dict(images=64, arm=640))
+    monkeypatch.setitem(dalle.SWEEP, "smoke", dalle.SWEEP["smoke"] | dict(images=64, arm=320))
     makers = dict(dalle.experiments("smoke", (0,)))
     found = {k: makers[f"arms.{k}.0"]() for k in ("dense", "early", "counted", "early_counted")}
-    assert set(images) == {(False, 640), (False, 64), (True, 640), (True, 64)}
+    assert set(images) == {(False, 320), (False, 32), (True, 320), (True, 32)}
     for late, early in (("dense", "early"), ("counted", "early_counted")):
         assert found[early]["image"] != found[late]["image"] and found[early]["text"] > found[late]["text"]
 
