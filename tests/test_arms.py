@@ -212,12 +212,14 @@ def test_run_chapter_goes_on(tmp_path, monkeypatch, capsys):
 
 # --- no two arms are the same ---
 
-def test_identical_arms_are_refused(tmp_path):
-    path, same = tmp_path / "x.json", dict(loss=1.2345678901, images=100, train_seconds=3.25)
+def test_identical_arms_are_refused(tmp_path, capsys):
+    path, head, same = tmp_path / "x.json", HEAD | dict(scale="demo"), dict(loss=1.2345678901, images=100, train_seconds=3.25)
     twins = Counted({"arms.a.seed0": same, "arms.b.seed0": same | dict(images=10, train_seconds=7.125)})
-    with pytest.raises(CourseError, match="arms.b.seed0 and arms.a.seed0"): cli.make_arms(twins.pairs(), HEAD, path)
+    with pytest.raises(CourseError, match="arms.b.seed0 and arms.a.seed0"): cli.make_arms(twins.pairs(), head, path)
     assert set(json.loads(path.read_text())["arms"]) == {"a"}
-    cli.make_arms(twins.pairs(), HEAD, path, equal=("arms",))
+    cli.make_arms(twins.pairs(), head, path, equal=("arms",))
+    cli.make_arms(twins.pairs(), HEAD, path)
+    assert "in so short a run" in capsys.readouterr().err, "at smoke scale it is said"
 
 
 def test_what_counts_as_the_same():
