@@ -11,7 +11,8 @@ from t2i_course.ar import dalle
 from t2i_course.cli import CHAPTERS, main, put, run_chapter
 from t2i_course.codec import dvae, vae, vqvae
 from t2i_course.core.data import CourseError, load
-from t2i_course.gan import adversarial, biggan, text_gan
+from t2i_course.diffusion import samplers
+from t2i_course.gan import adversarial, biggan, stylegan2, text_gan
 from t2i_course.runs import code_version, kept_arms, measured_numbers, twin, value_at
 from tree import ROOT
 
@@ -211,12 +212,14 @@ def test_run_chapter_goes_on(tmp_path, monkeypatch, capsys):
 
 # --- no two arms are the same ---
 
-def test_identical_arms_are_refused(tmp_path):
-    path, same = tmp_path / "x.json", dict(loss=1.2345678901, images=100, train_seconds=3.25)
+def test_identical_arms_are_refused(tmp_path, capsys):
+    path, head, same = tmp_path / "x.json", HEAD | dict(scale="demo"), dict(loss=1.2345678901, images=100, train_seconds=3.25)
     twins = Counted({"arms.a.seed0": same, "arms.b.seed0": same | dict(images=10, train_seconds=7.125)})
-    with pytest.raises(CourseError, match="arms.b.seed0 and arms.a.seed0"): cli.make_arms(twins.pairs(), HEAD, path)
+    with pytest.raises(CourseError, match="arms.b.seed0 and arms.a.seed0"): cli.make_arms(twins.pairs(), head, path)
     assert set(json.loads(path.read_text())["arms"]) == {"a"}
-    cli.make_arms(twins.pairs(), HEAD, path, equal=("arms",))
+    cli.make_arms(twins.pairs(), head, path, equal=("arms",))
+    cli.make_arms(twins.pairs(), HEAD, path)
+    assert "in so short a run" in capsys.readouterr().err, "at smoke scale it is said"
 
 
 def test_what_counts_as_the_same():
@@ -253,6 +256,15 @@ def test_what_may_agree_is_a_short_list():
     assert {n: chapter(n).MAY_AGREE for n in SWEEPS if hasattr(chapter(n), "MAY_AGREE")} == {"fsdp": ("apart",)}
 
 
+@pytest.mark.parametrize("scale", ["smoke", "demo", "full"])
+def test_points_of_a_sweep_are_different_ones(scale):
+    "Two numbers of calls can be the same number of Heun steps; at psi 1 it does not matter where w would be pulled."
+    for sampler in samplers.SAMPLERS.values():
+        steps = [samplers.steps_for(sampler, n) for n in samplers.SWEEP[scale]["nfe"]]
+        assert len(set(steps)) == len(steps), steps
+    assert set(stylegan2.SWEEP[scale]["psi"]) - {1.}
+
+
 def test_the_early_arms_are_early(monkeypatch):
     "They get their share of the pictures, and come out otherwise than the arms that are trained to the end."
     images, arm = {}, dalle.fit_arm
@@ -261,10 +273,10 @@ def test_the_early_arms_are_early(monkeypatch):
         images[config["counts"], n] = True
         return arm(codec, tok, data, config, n, seed, precision)
     monkeypatch.setattr(dalle, "fit_arm", watched)
-    monkeypatch.setitem(dalle.SWEEP, "smoke", dalle.SWEEP["smoke"] | dict(images=64, arm=640))
+    monkeypatch.setitem(dalle.SWEEP, "smoke", dalle.SWEEP["smoke"] | dict(images=64, arm=320))
     makers = dict(dalle.experiments("smoke", (0,)))
     found = {k: makers[f"arms.{k}.0"]() for k in ("dense", "early", "counted", "early_counted")}
-    assert set(images) == {(False, 640), (False, 64), (True, 640), (True, 64)}
+    assert set(images) == {(False, 320), (False, 32), (True, 320), (True, 32)}
     for late, early in (("dense", "early"), ("counted", "early_counted")):
         assert found[early]["image"] != found[late]["image"] and found[early]["text"] > found[late]["text"]
 

@@ -228,7 +228,7 @@ def euler_ancestral(
 # %% ../../nbs/04_diffusion/33_samplers.ipynb #f6de0c94
 # ---- the sweeps beside the chapter ----
 SWEEP = dict(
-    smoke=dict(images=192, n=16, nfe=(3,4), long=(5,), learned=(3,4), pictures=4, invert=(3,5), look=4),
+    smoke=dict(images=192, n=16, nfe=(3,5), long=(6,), learned=(3,4), pictures=4, invert=(3,5), look=4),
     demo =dict(images=60_000, n=400, nfe=(5,8,10,15,20,50,100), long=(250,1000), learned=(5,10,25,50,100), pictures=64,
                invert=(10,20,50,100), look=128),
     full =dict(images=4_000_000, n=10_000, nfe=(5,8,10,15,20,50,100), long=(250,1000), learned=(10,25,50,100,200,400,1000),

@@ -675,7 +675,7 @@ def path_spread(
 
 # %% ../../nbs/02_gan/21_stylegan2.ipynb #caab1dc3
 # ---- the sweep beside the chapter ----
-SWEEP = dict(smoke=dict(images=128, grown=128, tinted=128, n=24, psi=(1.,)),
+SWEEP = dict(smoke=dict(images=128, grown=128, tinted=128, n=24, psi=(.5,1.)),
              demo=dict(images=10_000, grown=8_000, tinted=14_000, n=400, psi=(0.,.25,.5,.75,1.,1.25,1.5)),
              full=dict(images=2_000_000, grown=1_000_000, tinted=1_000_000, n=2_000, psi=(0.,.25,.5,.75,1.,1.25,1.5)))
 
