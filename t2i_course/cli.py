@@ -327,7 +327,7 @@ def fit_run(
             return say(f'{out} is trained to the end already: nothing was changed') if ranks.rank==0 else None
         if ranks.rank==0: say(f'going on at {state.images:,} images')
     if ranks.rank==0: cut_log(out, state.step)
-    if ranks.rank==0 and saved is None and not quiet: expect(ds, config)
+    if ranks.rank==0 and saved is None: expect(ds, config)
     head_start(state, ds, tok, den, config, saved, ranks, quiet)
     tables = den.skip.tables if getattr(den, 'skip', None) is not None else {}
     records = train(state, den.loss, feed(ds, tok), images=config['images'], seconds=config['seconds'], accumulate=accumulate,
@@ -682,8 +682,8 @@ def judged(
     each:float, # seconds that a drawing takes here
     most:int,   # drawings on a fast machine
 )->int:
-    "Captions to measure with: half as many again are drawn of held-out pairs"
-    return max(min(most, 200), min(most, int(PATIENCE/(1.5*each))//100*100))
+    "Captions to measure with: half as many again are drawn of held-out pairs, a fifth as many of training captions"
+    return max(min(most, 200), min(most, int(PATIENCE/(1.7*each))//100*100))
 SHEET = 256 # pictures that can still be told apart, and read, on one sheet
 
 def fits_sheet(n:int):
