@@ -618,8 +618,8 @@ def claim_demo_folder(
         try: config = read_config(out) if 'config.json' in found else {}
         except CourseError: config = {}
         # earlier versions left no mark; the folder that is the demo's own by name is known all the same
-        alike = (config.get('recipe'), config.get('data'))==('flow_matching', 'painted')
-        own = config.get('demo') or out==Path('runs/demo') and alike
+        usual = (config.get('recipe'), config.get('data'))==('flow_matching', 'painted')
+        own = config.get('demo') or out==Path('runs/demo') and usual
         if found and not own:
             raise CourseError(f"{out} holds {', '.join(found)}, which t2i demo did not make: choose another --out, "
                               'or take them away yourself')
