@@ -364,9 +364,10 @@ FEW_PICTURES,MANY_PASSES = 20,15
 def expectation(
     texts,       # captions of the training pictures
     images=None, # images that training will see; None where the clock is in seconds
+    n=None,      # training pictures, where some have several captions
 )->str:          # '' where there are enough pictures
     "What to expect from so many pictures, in two sentences"
-    words,n,different = Counter(w for c in set(texts) for w in set(split_words(c))),len(texts),len(set(texts))
+    words,n,different = Counter(w for c in set(texts) for w in set(split_words(c))),n or len(texts),len(set(texts))
     if n/different>=FEW_PICTURES: return ''
     once,passes = sum(k==1 for k in words.values()),images and images/n
     each = 'each caption names about one picture' if n/different<2 else f'each caption names about {n/different:.0f} pictures'
@@ -381,7 +382,7 @@ def expectation(
 def expect(ds, config:dict):
     "Say before training what to expect from a folder of few pictures"
     texts = getattr(ds, 'texts', None)
-    line = expectation(texts['train'], config['images']) if texts else ''
+    line = expectation(texts['train'], config['images'], len(ds.x['train'])) if texts else ''
     if line: say(line)
 
 def head_start(state, ds, tok, den, config:dict, saved:dict, ranks=ALONE, quiet=False):

@@ -1,11 +1,11 @@
 """Run folders: who writes there, what a run remembers of itself, and what it leaves untouched in its surroundings."""
-import ast, contextlib, errno, inspect, io, json, os, re, shutil, signal, stat, subprocess, sys, threading, types
+import ast, contextlib, errno, io, json, os, re, shutil, signal, stat, subprocess, sys, threading, types
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from t2i_course import cli, runs, sources
+from t2i_course import cli, runs
 from t2i_course.core.data import CourseError
 from tree import modules
 
@@ -29,15 +29,6 @@ def pictures(folder, n=12, words='eine schöne rote Fläche für Jürgen'):
         Image.new('RGB', (32, 32), (20*i, 99, 0)).save(folder/f'{i}.png')
         (folder/f'{i}.txt').write_text(f'{words} {i}', encoding='utf-8')
     return folder
-
-@pytest.fixture(autouse=True)
-def fingerprints(monkeypatch):
-    "Where folders and shards have no fingerprint of their own yet"
-    from t2i_course.scale.recipes import Shards
-    def of_folder(self): return repr([self.texts, [runs.hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in self.x.values()]])
-    def of_shards(self): return repr([n['sha256'] for n in self.notes.values()])
-    for kind,found in ((sources.Folder, of_folder), (Shards, of_shards)):
-        if 'self.fingerprint' not in inspect.getsource(kind): monkeypatch.setattr(kind, 'fingerprint', property(found), raising=False)
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
