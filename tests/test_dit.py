@@ -244,7 +244,7 @@ def test_recipe_learns_and_draws(name):
     assert sum(losses[-5:]) < .85 * sum(losses[:5])
     x = den.painter(tok, config | dict(sample_steps=2))(["a handwritten seven", "a red two"], 0)
     assert x.shape == (2, *data.shape) and x.isfinite().all()
-    assert den.calls(config) == 2 * config["sample_steps"]
+    assert den.calls(config) == config["sample_steps"] + 20 == 45  # guided while t > .2: 20 of 25 steps
 
 
 def test_with_a_skip_an_untrained_network_is_the_closed_form():

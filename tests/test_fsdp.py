@@ -154,7 +154,7 @@ def start(out, *more, size=2):
                             env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-NEW = ["dit", "--data", "digits", "--scale", "smoke", "--images", "1920", "--precision", "fp32"]
+NEW = ["ddpm", "--data", "digits", "--scale", "smoke", "--images", "1920", "--precision", "fp32"]
 
 
 @pytest.fixture(scope="module")
@@ -182,14 +182,14 @@ def test_a_process_that_dies_stops_the_others_and_the_run_goes_on(undisturbed, f
     assert "--resume" in err or "Signal 9" in err or "SIGKILL" in err, err[-2000:]
     assert not (out / "model.safetensors").exists() and fsdp.checkpoints(out)
     shutil.copytree(out, folder / "handed on")
-    p = start(out, "dit", "--shard", "fsdp", "--resume")
+    p = start(out, "ddpm", "--shard", "fsdp", "--resume")
     _, err = p.communicate(timeout=300)
     assert p.returncode == 0 and "going on at" in err, err[-2000:]
     again, _ = load_tensors(out / "model.safetensors")
     for k, v in undisturbed.items(): assert torch.equal(v, again[k])
     assert cli.Model(out).draw(["a handwritten seven"]).shape == (1, 1, 16, 16)
     # and one process finishes what two began
-    cli.train_run("dit", resume=True, out=folder / "handed on", quiet=True)
+    cli.train_run("ddpm", resume=True, out=folder / "handed on", quiet=True)
     again, _ = load_tensors(folder / "handed on" / "model.safetensors")
     for k, v in undisturbed.items(): assert (v.float() - again[k].float()).abs().max() < .02
     assert json.loads((folder / "handed on" / "train.json").read_text())["images"] == 1920
