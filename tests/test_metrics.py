@@ -248,8 +248,9 @@ def test_pictures_without_attributes_get_a_row_with_a_note():
         def batch(self, split, draws): return load("painted").batch(split, draws)
         def demands(self, caption): return {}
     row = evaluate(lambda c, s: torch.zeros(len(c), 3, 32, 32), Bare(), n=50)
-    assert "without attributes" in row["note"] and "fd" not in row and 0 <= row["nearest"] <= 1
-    assert judge_for(Bare()) is None and protocol(Bare())["features"] is None
+    assert "without attributes" in row["note"] and "obedience" not in row and 0 <= row["nearest"] <= 1
+    assert row["n"] == 50 and row["fd"] > 2 * row["fd_floor"] > 0, "blank pictures are far from real ones"
+    assert judge_for(Bare()) is None and protocol(Bare())["features"] == row["features"]
 
 
 def test_other_data_get_a_judge_on_first_use(tmp_path, monkeypatch):

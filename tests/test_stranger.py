@@ -219,7 +219,8 @@ def test_any_data_have_a_distance_with_floor_and_n(data):
     assert row["fd"] == pytest.approx(row["fd_test"])
     assert abs(row["fd"] - row["fd_floor"]) < 5 * row["fd_floor_spread"], "real pictures lie at the floor"
     soft = lambda captions, seed: torch.nn.functional.avg_pool2d(right(captions, seed), 3, 1, 1)
-    for worse in (soft, memory(data)): assert evaluate(worse, data, n=1000)["fd"] > row["fd_floor"] + 5 * row["fd_floor_spread"]
+    for worse in (soft, memory(data)):
+        assert evaluate(worse, data, n=1000)["fd"] > row["fd_floor"] + 5 * row["fd_floor_spread"]
     json.dumps(row)
 
 
