@@ -357,8 +357,7 @@ def finished(out:Path, state, config:dict)->bool:
     return (out/'train.json').exists()
 
 # Below 20 pictures a caption a model meets single pictures, not a kind of picture (as in `pairs_of`: fewer than 20 say little).
-# Copies begin when each picture comes often: of 760 drawings, each with a caption of its own, flow matching gave back next to
-# none after 8 passes, and a good part of them after 30. A word in one caption alone cannot be told from the rest of its picture.
+# Each pass shows a picture and its caption once more. A word in one caption alone cannot be told from the rest of its picture.
 FEW_PICTURES,MANY_PASSES = 20,15
 
 def expectation(

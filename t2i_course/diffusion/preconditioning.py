@@ -406,7 +406,7 @@ def held_out_space(
     return total[:-1],total[-1]/max(1, z.shape[1]-k)
 
 # %% ../../nbs/04_diffusion/34_preconditioning.ipynb #strength9
-MOST = 1000 # words, and pairs, that the regressions look at: the commonest
+MOST = 2000 # words and pairs that the regressions look at: the commonest
 
 def on_common(
     fit,         # fit(list of feature matrices) -> list of weights, features in the last axis but one
@@ -416,7 +416,8 @@ def on_common(
 )->list:         # the weights, 0 for features that were not looked at
     "Regress on the features that occur, the commonest if there are very many"
     seen = [(n[:,None]*f).sum(0) for f in fs]
-    cols = [torch.arange(1, device=n.device) if lam==math.inf else s.topk(min(2*MOST, int((s>0).sum()))).indices.sort()[0] for s in seen]
+    common = lambda s: s.topk(min(MOST, int((s>0).sum()))).indices.sort()[0]
+    cols = [torch.arange(1, device=n.device) if lam==math.inf else common(s) for s in seen]
     out = []
     for f,c,w in zip(fs, cols, fit(*(f[:,c] for f,c in zip(fs, cols)))):
         out.append(w.new_zeros(*w.shape[:-2], f.shape[1], w.shape[-1]).index_copy_(-2, c, w))
@@ -432,7 +433,8 @@ def fit_checked(
     "Fit with the strengths that do best on held-out captions, and promise the error that is made there"
     x = x.flatten(2)
     c,p = x.shape[1:]
-    told,which,n = (u.to(x.device) for u in torch.cat([fold[:,None], ids], 1).cpu().unique(dim=0, return_inverse=True, return_counts=True))
+    told,which,n = torch.cat([fold[:,None], ids], 1).cpu().unique(dim=0, return_inverse=True, return_counts=True)
+    told,which,n = told.to(x.device),which.to(x.device),n.to(x.device)
     part,told,n = told[:,0],told[:,1:],n.to(x.dtype)
     pooled = lambda v: v.new_zeros(len(told), *v.shape[1:]).index_add_(0, which, v)/n.view(-1, *[1]*(v.ndim-1))
     xs = pooled(x)
