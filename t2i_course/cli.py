@@ -641,7 +641,7 @@ def demo(
 
 def make_demo(seconds, out:Path, images)->dict:
     "The demo, in a folder that is its own"
-    clock = CLOCK[current_scale()]
+    clock,began = CLOCK[current_scale()],time.perf_counter()
     images,seconds = images or clock['images'],seconds or clock['seconds']
     print(f'Training a text-to-image model on {images:,} painted digits, for {seconds:g} seconds at most '
           '(flow matching with a closed-form head start) ...', flush=True)
@@ -655,8 +655,10 @@ def make_demo(seconds, out:Path, images)->dict:
     n = judged(each, clock['n'])
     fewer = f" (not {clock['n']:,}, because drawing is slow here)" if n<clock['n'] else ''
     print(f'Measuring with {n:,} captions and handwriting it never saw{fewer} ...', flush=True)
-    row = eval_run(out, n=n)
+    row = eval_run(out, n=n)|dict(demo_seconds=time.perf_counter()-began)
+    write_json(out/'metrics.json', row)
     print(f"""
+all of it took {row['demo_seconds']:.0f} s
 pictures   {out/'samples.png'}
 numbers    {out/'metrics.json'}
 model      {out/'model.safetensors'}
@@ -796,7 +798,7 @@ def run_chapter(
 ):
     "The measurements of a chapter; finished arms are kept, and skipped by the same code on the same machine"
     name = chapter.split('_', 1)[1] if chapter[:2].isdigit() and '_' in chapter else chapter
-    if name=='demo': return write_json(result_file(out, 'demo'), stamp('demo', [0])|dict(demo=demo(seconds)))
+    if name=='demo': return demo_row(result_file(out, 'demo'), seconds)
     mod = module(name, CHAPTERS)
     if name=='metrics': return mod.make_judges(out)
     path = result_file(out, name)
@@ -807,6 +809,15 @@ def run_chapter(
     arms = [(f'row.{d}', partial(measured_rows, name, d, seeds, seconds, Path('runs')/'rows')) for d in rows]
     make_arms(arms+list(mod.experiments(current_scale(), seeds)), head, path, getattr(mod, 'MAY_AGREE', ()))
     print(f'{path} is complete')
+
+def demo_row(
+    path:Path,    # results/demo.json
+    seconds=None, # time limit of training
+):
+    "The demo on this machine; the file keeps a row for machines with bfloat16 units and one for those without"
+    rows = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    kind = 'with_bf16' if has_bf16(pick_device()) else 'without_bf16'
+    write_json(path, rows|stamp('demo', [0])|{kind:demo(seconds)})
 
 def make_arms(
     arms,      # (key, make) of each
