@@ -357,8 +357,9 @@ def finished(out:Path, state, config:dict)->bool:
     return (out/'train.json').exists()
 
 # Below 20 pictures a caption a model meets single pictures, not a kind of picture (as in `pairs_of`: fewer than 20 say little).
-# Each pass shows a picture and its caption once more. A word in one caption alone cannot be told from the rest of its picture.
-FEW_PICTURES,MANY_PASSES = 20,15
+# Copies come with passes: of 759 drawings with a caption each, flow matching gave back 2% after 32 (tests/drawings.py), so
+# a hundred is where to begin to look for them. A word in one caption alone cannot be told from the rest of its picture.
+FEW_PICTURES,MANY_PASSES = 20,100
 
 def expectation(
     texts,       # captions of the training pictures

@@ -254,8 +254,8 @@ def test_what_to_expect_is_said_before_training(data, tmp_path, capsys):
 
 def test_expectation_counts():
     once = [f"a drawing of thing{i}" for i in range(100)]
-    text = cli.expectation(once, 5_000)
+    text = cli.expectation(once, 20_000)
     assert "100 training pictures with 100 different captions and 103 words, 100 of them in one caption alone" in text
-    assert "5,000 images are 50 passes" in text and ": expect" in text
+    assert "20,000 images are 200 passes" in text and ": expect" in text
     assert "with more than" in cli.expectation(once, 500) and "Every 100 images are a pass" in cli.expectation(once)
     assert cli.expectation(["a red ball", "a blue ball"] * 50, 5_000) == "", "many pictures of each caption"
