@@ -129,7 +129,7 @@ def settings(recipe, data, scale, seconds, images, seed, precision, changes=None
     if hasattr(mod, 'recipe_for'): config = mod.recipe_for(ds, scale, None if images else seconds)
     else: config = mod.recipe(ds.shape[0], ds.words, ds.size, scale)
     if config.get('skip') and ds.shape[1]*ds.shape[2]>64*64: # its fit grows with the third power of the number of pixels
-        say(f'pictures of {ds.shape[2]} x {ds.shape[1]} are too large for the closed-form head start, which is left out')
+        say(f'pictures of {ds.shape[2]} x {ds.shape[1]} are too large for the closed-form head start: training begins without it')
         config['skip'] = False
     if images is None and seconds is None: images = IMAGES[scale]
     if precision=='auto': precision = 'bf16' if has_bf16(pick_device()) else 'fp32'
@@ -373,7 +373,7 @@ def expectation(
     each = 'each caption names about one picture' if n/different<2 else f'each caption names about {n/different:.0f} pictures'
     what = (f'{n:,} training pictures with {different:,} different captions and {len(words):,} words, {once:,} of them in one caption '
             f'alone: {each}. ')
-    if passes is None: what += f'Every {n:,} images are a pass through them; after {MANY_PASSES} passes or so e'
+    if passes is None: what += f'Every {n:,} images are a pass through them; after about {MANY_PASSES} passes e'
     else: what += f'{images:,} images are {passes:,.3g} passes through them'+(': e' if passes>=MANY_PASSES else
                   f'; with more than {MANY_PASSES} e')
     return what+('xpect drawings of training captions to be copies of their pictures, and new captions to work only as far as '
@@ -545,7 +545,7 @@ def eval_run(
     m,call = Model(run, data),f'eval_run({str(run)!r}, n={n}, seed={seed})'
     c,t = m.config,json.loads((m.run/'train.json').read_text(encoding='utf-8'))
     data,same = run_data(m.run, c)
-    if not same: say(f"the pictures or captions in {c['data']} are not those that {run} was trained on: measured beside what is there now")
+    if not same: say(f"the pictures or captions in {c['data']} are not those that {run} was trained on: compared with what is there now")
     if not quiet: say(f'measuring {m.run}: reading real pictures to compare with ...')
     def draw(captions, seed):
         with counting(len(captions), 'drawing', quiet) as each: return m.draw(captions, seed, each=each)
@@ -679,7 +679,7 @@ def clock_text(
     rate = f"{seen:,} pictures in {took:.0f} s, {seen/took:,.0f} a second"
     if seen>=images: return f'Trained on {rate}: all that were planned.'
     return (f'Trained on {rate}: the time limit of {seconds:g} s came before the planned {images:,} pictures. '
-            'A faster or quieter machine draws better after the same time.')
+            'On a faster or less busy machine the model would draw better after the same time.')
 
 def judged(
     each:float, # seconds that a drawing takes here
@@ -832,7 +832,7 @@ def make_arms(
     done = kept_arms(path, head, [k for k,_ in arms])
     res = head|(also or {})
     for key,value in done.items(): put(res, key, value)
-    if path.exists() and not done: say(f'nothing in {path} was made by this code, scale, seeds and machine: every arm is made')
+    if path.exists() and not done: say(f'nothing in {path} was made with this code, scale and seeds on this machine: every arm is made')
     for i,(key,make) in enumerate(arms, 1):
         if key in done:
             say(f'{i} of {len(arms)} {key}: kept')
@@ -840,7 +840,7 @@ def make_arms(
         say(f'{i} of {len(arms)} {key} ...')
         value = json.loads(json.dumps(make())) # as it will be read again
         other = twin(key, value, done, equal)
-        same = f'{key} and {other} came out the same to the last bit: what should tell them apart had no effect'
+        same = f'{key} and {other} came out the same to the last bit: the setting that differs between them had no effect'
         if other and head['scale']=='smoke': say(f'  {same} in so short a run') # a code must be unused for long to be restarted
         elif other: raise CourseError(f'{same}. Mend the chapter; the arms before are in {path}.')
         say(f'  {value}')
