@@ -118,13 +118,13 @@ def command(
 
 # ---- train ----
 @undisturbed() # opening a codec makes its first weights
-def settings(recipe, data, scale, seconds, images, seed, precision, changes=None, codec=None, size=None)->dict:
+def settings(recipe, data, scale, seconds, images, seed, precision, changes=None, codec=None, size=None, ds=None)->dict:
     "The config of a new run: everything needed to make the same model again"
     mod = module(recipe)
     if codec and getattr(mod, 'PICTURES', False):
         raise CourseError(f'{recipe} learns from pictures and the shards in {data} hold latents: give it the data set itself, or take a '
                           'recipe that draws latents, such as ddpm, dit or flow_matching')
-    ds = open_data(data, codec, size)
+    ds = ds or open_data(data, codec, size)
     say_size(ds)
     if hasattr(mod, 'recipe_for'): config = mod.recipe_for(ds, scale, None if images else seconds)
     else: config = mod.recipe(ds.shape[0], ds.words, ds.size, scale)
@@ -180,9 +180,9 @@ def train_run(
         ranks.wait()
         fit_run(out, read_config(out), quiet, save_every, ranks, shard, **outside)
     else:
-        with run_folder(out, resume, given) as config:
+        with run_folder(out, resume, given) as (config,ds):
             ranks.wait()
-            fit_run(out, config, quiet, save_every, ranks, shard, **outside)
+            fit_run(out, config, quiet, save_every, ranks, shard, ds=ds, **outside)
     ranks.close()
     return out
 
@@ -194,23 +194,27 @@ def default_run(recipe, data, seed)->str:
 
 @contextmanager
 def run_folder(out:Path, resume:bool, given:dict):
-    "The settings of a new run, or of the one to go on with; inside, nobody else writes there"
+    "The settings of a new run, or of the one to go on with, and its pictures where they were opened; inside, nobody else writes there"
     def holds(): return (out/'config.json').exists()
     taken = CourseError(f'{out} already holds a run: go on with it by --resume, or choose another --out')
     if holds():
         if not resume: raise taken
-        config = None
+        config,ds = None,None
     else:
         if resume: say(f'{out} holds no run yet: starting from the beginning')
         new = given|{k:given[k] if given[k] is not None else v for k,v in USUAL.items()}
-        config = settings(**new|dict(scale=new['scale'] or current_scale()))
+        module(new['recipe']) # before pictures are read
+        ds = open_data(new['data'], new['codec'], new['size'])
+        config = settings(**new|dict(scale=new['scale'] or current_scale()), ds=ds)
         if config.get('codec'): config['codec'] = seen_from(out, config['codec'])
         make_folder(out)
     with one_writer(out):
         if config is None: config = same_run(out, given)
-        elif holds(): raise taken # another process was faster
+        elif holds(): # another process was faster
+            if not resume: raise taken
+            config,ds = same_run(out, given),None
         else: write_json(out/'config.json', config)
-        yield config
+        yield config,ds
 
 USUAL = dict(recipe='flow_matching', data='painted', seed=0, precision='auto') # of a new run, where nothing is said
 
@@ -232,9 +236,9 @@ def same_run(
                 if config.get(k)==v: continue
                 raise CourseError(f'{out} was started with {k} = {config.get(k)}, not {v}: train into another folder')
         elif name in ('images','seconds') and value!=config[name]:
-            clock = 'images' if config['images'] else 'seconds'
-            refuse(name, f'--{clock} {config[clock]}')
-        elif name in config and value!=config[name]: refuse(name, f'--{name} {config[name]}')
+            refuse(name, ' '.join(f'--{k} {config[k]}' for k in ('images','seconds') if config[k]))
+        elif name in config and value!=config[name]:
+            refuse(name, f'--{name} {config[name]}' if config[name] is not None else f'no --{name}')
     moved = {k:v for k,v in dict(codec=moved_codec(out, config, given['codec'], refuse)).items() if v}
     moved |= {k:v for k,v in dict(data=moved_data(out, config|moved, given['data'], refuse)).items() if v}
     if moved:
@@ -287,7 +291,7 @@ def sharers(
     if 'RANK' not in os.environ:
         raise CourseError(f'--shard {shard} needs processes: torchrun --nproc-per-node 2 -m t2i_course train ... --shard {shard}')
     from t2i_course.scale.fsdp import Ranks
-    return Ranks()
+    return Ranks(minutes=60) # process 0 may have a large folder to read before the others see the config
 
 def fit_run(
     out:Path,           # run folder
@@ -299,9 +303,10 @@ def fit_run(
     checkpointing:bool=False,# compute activations again instead of keeping them
     compiled:bool=False,# torch.compile, block by block
     accumulate:int=1,   # micro-batches a step
+    ds=None,            # the run's pictures, where they are open already
 ):
     "The training itself: what the model becomes is in the config, how the work is done in the other arguments"
-    device,(ds,same) = pick_device(),run_data(out, config)
+    device,(ds,same) = pick_device(),(ds,True) if ds else run_data(out, config)
     if not same:
         raise CourseError(f"the pictures or captions in {config['data']} are not those that {out} was started with: some were added, "
                           'removed or changed. Put them back, or train into another folder.')
@@ -327,7 +332,7 @@ def fit_run(
             return say(f'{out} is trained to the end already: nothing was changed') if ranks.rank==0 else None
         if ranks.rank==0: say(f'going on at {state.images:,} images')
     if ranks.rank==0: cut_log(out, state.step)
-    if ranks.rank==0 and saved is None: expect(ds, config)
+    if ranks.rank==0 and saved is None: expect(ds, config['images'])
     head_start(state, ds, tok, den, config, saved, ranks, quiet)
     tables = den.skip.tables if getattr(den, 'skip', None) is not None else {}
     records = train(state, den.loss, feed(ds, tok), images=config['images'], seconds=config['seconds'], accumulate=accumulate,
@@ -373,16 +378,20 @@ def expectation(
     each = 'each caption names about one picture' if n/different<2 else f'each caption names about {n/different:.0f} pictures'
     what = (f'{n:,} training pictures with {different:,} different captions and {len(words):,} words, {once:,} of them in one caption '
             f'alone: {each}. ')
-    if passes is None: what += f'Every {n:,} images are a pass through them; after about {MANY_PASSES} passes e'
-    else: what += f'{images:,} images are {passes:,.3g} passes through them'+(': e' if passes>=MANY_PASSES else
-                  f'; with more than {MANY_PASSES} e')
-    return what+('xpect drawings of training captions to be copies of their pictures, and new captions to work only as far as '
+    if passes is None: what += f'Every {n:,} images are a pass through them. After about {MANY_PASSES} passes, expect '
+    else:
+        what += f'{images:,} images are {passes:{",.0f" if passes>=10 else ".2g"}} passes through them. '
+        what += 'Expect ' if passes>=MANY_PASSES else f'With more than {MANY_PASSES}, expect '
+    return what+('drawings of training captions to be copies of their pictures, and new captions to work only as far as '
                  'their words came in several captions. t2i eval counts the copies.')
 
-def expect(ds, config:dict):
+def expect(
+    ds,          # the pictures
+    images=None, # that training will see, where it is known
+):
     "Say before training what to expect from a folder of few pictures"
     texts = getattr(ds, 'texts', None)
-    line = expectation(texts['train'], config['images'], len(ds.x['train'])) if texts else ''
+    line = expectation(texts['train'], images, len(ds.x['train'])) if texts else ''
     if line: say(line)
 
 def head_start(state, ds, tok, den, config:dict, saved:dict, ranks=ALONE, quiet=False):
@@ -455,7 +464,7 @@ class Model:
         if data:
             old = self.config['data']
             if not is_path(old): raise CourseError(f'{run} was trained on {old}: leave --data out')
-            self.config['data'] = str(Path(data).resolve())
+            if not is_path(data): raise CourseError(f"--data names the new place of a folder: write it as ./{data}")
         path = self.run/'model.safetensors'
         if not path.exists():
             raise CourseError(f'{run} is not trained to the end yet: '
@@ -464,6 +473,7 @@ class Model:
         if not belongs(note, self.config):
             raise CourseError(f'{path} belongs to other settings than {run}/config.json. '
                               'Train again into another folder.')
+        if data: self.config['data'] = place(data)
         self.module,self.device = module(self.config['recipe']),pick_device()
         try:
             with undisturbed(): self.tok,self.den = self.module.build(self.config)
@@ -606,7 +616,8 @@ def clear_run(
 ):
     "Take the files of a run away, and nothing else"
     for part in out.glob('.*.part'): part.unlink(missing_ok=True)
-    for folder in out.glob('checkpoint-*'): shutil.rmtree(folder)
+    for folder in out.glob('checkpoint-*'):
+        if folder.is_dir(): shutil.rmtree(folder)
     for name in FILES: (out/name).unlink(missing_ok=True)
 
 @contextmanager
@@ -624,7 +635,7 @@ def claim_demo_folder(
         if found and not own:
             raise CourseError(f"{out} holds {', '.join(found)}, which t2i demo did not make: choose another --out, "
                               'or take them away yourself')
-        clear_run(out)
+        if found: clear_run(out)
         yield
 
 # a fast machine sees so many pictures in half a minute; a slow one stops at the limit and measures fewer drawings
@@ -648,8 +659,10 @@ def make_demo(seconds, out:Path, images)->dict:
           '(flow matching with a closed-form head start) ...', flush=True)
     train_run('flow_matching', 'painted', seconds=seconds, images=images, out=out, changes=dict(demo=True))
     print(clock_text(json.loads((out/'train.json').read_text(encoding='utf-8')), images, seconds), flush=True)
+    model = Model(out)
+    model.draw(PROMPTS[:1]) # warm
     start = time.perf_counter()
-    x,texts = sample_run(out, PROMPTS)
+    x,texts = sample_run(model, PROMPTS)
     each = (time.perf_counter()-start)/len(texts)
     write_sheet(out/'samples.png', x, texts,
                 'what the model drew (last four: digit and ink never seen together in training)')
@@ -770,7 +783,8 @@ def kept_row(
 
 def measured_rows(recipe, data, seeds, seconds, work:Path)->dict:
     "Train and measure once a seed; mean and spread of the main numbers"
-    rows,n = [],64 if current_scale()=='smoke' else 1000
+    from t2i_course.core.metrics import at_most
+    rows,n = [],at_most(load(data), 64 if current_scale()=='smoke' else 1000)
     for s in seeds:
         out = work/f'{recipe}-{data}-{seconds:g}s-{s}'
         cleared(out, settings(recipe, data, current_scale(), seconds, None, s, 'auto'))
@@ -816,7 +830,8 @@ def demo_row(
     seconds=None, # time limit of training
 ):
     "The demo on this machine; the file keeps a row for machines with bfloat16 units and one for those without"
-    rows = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    try: rows = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    except ValueError as e: raise CourseError(f'{path} cannot be read ({e}): delete it, or choose another --out') from e
     kind = 'with_bf16' if has_bf16(pick_device()) else 'without_bf16'
     write_json(path, rows|stamp('demo', [0])|{kind:demo(seconds)})
 
@@ -1060,6 +1075,7 @@ def cmd_prepare(a):
         raise CourseError(f'{a.codec} is a run without a codec: train one with t2i train vae')
     ds = open_data(a.data, size=a.size)
     say_size(ds)
+    expect(ds)
     make_folder(a.out)
     with one_writer(a.out), tqdm(total=a.images, unit='img', disable=a.quiet, file=sys.stderr) as bar:
         prepare(ds, a.out, a.images, codec and codec.codec, shard_size=a.shard_size, split=a.split, seed=a.seed,

@@ -146,7 +146,7 @@ class Pile:
             seen.add(real)
             try: inside = sorted(os.listdir(real))
             except OSError as e:
-                self.leave('could not be read', f'{shown(folder)} ({e.strerror})')
+                self.leave('that could not be read', f'{shown(folder)} ({e.strerror})')
                 continue
             for file in inside:
                 name, path = file.decode('utf-8', 'surrogateescape'), os.path.join(real, file)
@@ -154,7 +154,7 @@ class Pile:
                 name = posixpath.join(folder, name)
                 if os.path.isdir(path): (links if os.path.islink(path) else todo).append(name)
                 elif os.path.isfile(path): yield name
-                elif os.path.islink(path): self.leave('could not be read', f'{shown(name)} (a link that leads nowhere)')
+                elif os.path.islink(path): self.leave('that could not be read', f'{shown(name)} (a link that leads nowhere)')
 
     def here(self, name):
         "A name letter for letter, else with its accents written otherwise, else in another case; None when none is meant"
@@ -201,10 +201,10 @@ class Pile:
                     texts, name = captions_of(row), value_of(row, FILE)
                     file = self.find(name, posixpath.dirname(meta))
                 except (LookupError, AttributeError, TypeError, ValueError):
-                    self.leave('could not be read', f'{shown(meta)} line {n}')
+                    self.leave('that could not be read', f'{shown(meta)} line {n}')
                     continue
                 if file: found.setdefault(file, []).extend(texts)
-                else: self.leave('could not be read', f'{shown(name)} (listed, not there)')
+                else: self.leave('that could not be read', f'{shown(name)} (listed, not there)')
         return found
 
     def beside(self, picture):
@@ -222,15 +222,21 @@ class Pile:
 
     def captioned(self):
         "(picture, its captions); what has none is noted, unless no caption is there at all and the folders are classes"
-        said, bare = self.listed(), []
+        said, bare, both = self.listed(), [], []
         pictures = sorted({*filter(is_picture, self.names), *said}, key=in_order)
         for p in pictures:
-            try: said[p] = tidy(said.get(p, ())) or tidy(self.beside(p))
+            try: listed, beside = tidy(said.get(p, ())), tidy(self.beside(p))
             except (ValueError, OSError) as e:
                 why = 'not UTF-8' if isinstance(e, ValueError) else e.strerror
-                self.leave('could not be read', f'{shown(posixpath.splitext(p)[0])}.txt ({why})')
+                self.leave('that could not be read', f'{shown(posixpath.splitext(p)[0])}.txt ({why})')
+                said[p] = tidy(said.get(p, ()))
             else:
+                said[p] = listed or beside
+                if listed and beside and listed!=beside: both.append(p)
                 if not said[p]: bare.append(p)
+        if both:
+            self.notes.append(f"{len(both)} picture{'s have' if len(both)>1 else ' has'} one caption in the list and another in a file beside: "
+                              'the list counts')
         if not self.used: said |= self.classes(bare)
         for p in bare:
             if not said[p]: self.leave('without a caption', shown(p))

@@ -309,7 +309,8 @@ def resume(
 )->dict:         # the extra tensors; None when there is no checkpoint yet
     "Load the last checkpoint into the state; clears away what a killed process left half-written"
     path = Path(run)/'checkpoint.safetensors'
-    for part in Path(run).glob('.*.part'): part.unlink(missing_ok=True)
+    if not int(os.environ.get('RANK', 0)): # under torchrun one process tidies up, before it writes
+        for part in Path(run).glob('.*.part'): part.unlink(missing_ok=True)
     if any(Path(run).glob('checkpoint-*')): # written by processes together; any number of them can read it, one as well
         from t2i_course.scale.fsdp import load_sharded
         return load_sharded(state, run, dict(config=config_hash(config)))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from t2i_course.core.data import NUMBERS, Batch, CourseError, Labelled, check_split, in_epochs, split_words
-from t2i_course.folders import composed, piles, raw, readable, say, say_once as say_once, shown
+from t2i_course.folders import composed, piles, raw, readable, say, shown
 
 
 # --- torchvision under T2I_DATA ---
@@ -163,7 +163,7 @@ class Folder:
                 except Exception as e: # a damaged image may raise anything
                     ending = posixpath.splitext(name)[1].lower()
                     why = e if isinstance(e, CourseError) else f'Pillow does not read {ending}' if ending not in readable() else ''
-                    pile.leave('could not be read', shown(name)+(f' ({why})' if why else ''))
+                    pile.leave('that could not be read', shown(name)+(f' ({why})' if why else ''))
             notes += pile.notes
             for why, names in pile.left.items(): left[why] += names
         for text in notes: say(f'{self.name}: {text}')

@@ -397,7 +397,7 @@ def test_folder_robust(tmp_path, capsys):
     data = Folder(tmp_path)
     err = capsys.readouterr().err
     assert sum(map(len, data.texts.values())) == 12
-    assert 'skipped 3 could not be read: ' in err and all(k in err for k in ('broken.png', 'cut.png', 'latin.txt'))
+    assert 'skipped 3 that could not be read: ' in err and all(k in err for k in ('broken.png', 'cut.png', 'latin.txt'))
     assert 'skipped 2 without a caption: bare.png, blank.jpg' in err and err.count('skipped') == 2
 
 
@@ -411,7 +411,7 @@ def test_folder_with_jsonl(tmp_path, capsys):
     (tmp_path/'metadata.jsonl').write_text('\n'.join(lines), 'utf-8')
     data = load(str(tmp_path))
     assert sum(map(len, data.texts.values())) == 10 and {'빨간', '네모', '🎨'} <= set(data.words)
-    assert 'skipped 5 could not be read: metadata.jsonl line 11' in capsys.readouterr().err
+    assert 'skipped 5 that could not be read: metadata.jsonl line 11' in capsys.readouterr().err
 
 
 def test_transparent_gray_and_turned_pictures(tmp_path):

@@ -270,7 +270,7 @@ def test_a_list_does_not_take_another_picture(tmp_path, capsys):
     for i in range(2): draw(tmp_path/f'a/{i}x.png'), draw(tmp_path/f'b/{i}x.png')
     listed(tmp_path, [dict(file_name=n, text='wrong') for n in ('train/00.png', '/elsewhere/other/train/00.png', '0x.png', '1X.PNG')])
     assert 'wrong' not in texts(load(tmp_path))
-    assert 'skipped 4 could not be read: train/00.png (listed, not there)' in capsys.readouterr().err
+    assert 'skipped 4 that could not be read: train/00.png (listed, not there)' in capsys.readouterr().err
 
 
 def test_pictures_outside_the_folder(tmp_path):
@@ -310,7 +310,7 @@ def test_damaged_rows_are_named(tmp_path, capsys):
                                                 b'{"file_name": "3.png", "text": null}\n{"file_name": "3.png"}\n')
     assert texts(load(tmp_path)) == ['two', 'zero']
     err = capsys.readouterr().err
-    assert 'skipped 7 could not be read: metadata.csv line 3, sub/metadata.jsonl line 1, sub/metadata.jsonl line 2' in err
+    assert 'skipped 7 that could not be read: metadata.csv line 3, sub/metadata.jsonl line 1, sub/metadata.jsonl line 2' in err
     assert 'skipped 2 without a caption: 1.png, 3.png' in err
 
 
@@ -415,7 +415,7 @@ def test_names_that_are_not_utf8(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'stderr', strict)
     assert len(texts(load(tmp_path))) == 8
     strict.flush()
-    assert rb'skipped 1 could not be read: br\xfcn.png' in strict.buffer.getvalue()
+    assert rb'skipped 1 that could not be read: br\xfcn.png' in strict.buffer.getvalue()
 
 
 def test_a_folder_whose_own_name_is_not_utf8(tmp_path):
@@ -650,3 +650,23 @@ def test_a_tar_file_writes_nowhere_else(tmp_path):
         tar.addfile(m)
     assert len(texts(load(path))) == 3 and not (tmp_path/'planted.png').exists()
     assert sorted(f.name for f in tmp_path.iterdir()) == ['evil.tar', 'in']
+
+
+def test_two_pictures_can_be_trained_on(tmp_path):
+    captioned(tmp_path/'two', 2)
+    out = cli.train_run('flow_matching', str(tmp_path/'two'), scale='smoke', images=32, out=tmp_path/'run', quiet=True)
+    assert (out/'model.safetensors').exists()
+
+
+def test_a_new_run_reads_its_folder_once(tmp_path, capsys):
+    captioned(tmp_path/'some')
+    (tmp_path/'some'/'broken.png').write_bytes(b'no picture')
+    cli.train_run('ddpm', str(tmp_path/'some'), scale='smoke', images=32, out=tmp_path/'run', quiet=True)
+    assert capsys.readouterr().err.count('skipped 1 ') == 1
+
+
+def test_two_captions_that_differ_are_told(tmp_path, capsys):
+    captioned(tmp_path/'some', 4)
+    listed(tmp_path/'some', [dict(file_name='00.png', text='a square from the list'), dict(file_name='01.png', text='a square number 1')])
+    assert texts(load(str(tmp_path/'some')))[0] == 'a square from the list'
+    assert '1 picture has one caption in the list and another in a file beside' in capsys.readouterr().err

@@ -531,3 +531,24 @@ def test_every_option_that_a_message_names_exists():
     assert '--peers' in found and not set(found)-exist-set().union(*OTHERS.values())
     named = set(options_named(Path(cli.__file__)))
     assert '--resume' in named and not named-exist-set().union(*OTHERS.values())-{'--help'}
+
+def test_refusals_name_what_differs(copy, tmp_path, capsys):
+    assert t2i('train', '--resume', '--size', 64, '--out', copy)==2
+    assert 'was started with no --size' in capsys.readouterr().err
+    both = tmp_path/'both'
+    cli.train_run('ddpm', 'digits', scale='smoke', images=64, seconds=600, out=both, quiet=True)
+    assert t2i('train', '--resume', '--seconds', 5, '--out', both)==2
+    assert '--images 64 --seconds 600' in capsys.readouterr().err
+
+def test_a_new_place_is_a_path(tmp_path, capsys):
+    out = tmp_path/'r'
+    cli.train_run('ddpm', str(pictures(tmp_path/'pictures')), scale='smoke', images=64, out=out, quiet=True)
+    assert t2i('eval', out, '--data', 'digits')==2
+    assert './digits' in capsys.readouterr().err
+
+def test_demo_leaves_the_unfinished_files_of_others(tmp_path, monkeypatch):
+    part = tmp_path/'.film.mp4.part'
+    part.write_bytes(b'half')
+    monkeypatch.setattr(cli, 'make_demo', lambda *a: None)
+    cli.demo(out=tmp_path)
+    assert part.read_bytes()==b'half'

@@ -256,6 +256,15 @@ def test_expectation_counts():
     once = [f"a drawing of thing{i}" for i in range(100)]
     text = cli.expectation(once, 20_000)
     assert "100 training pictures with 100 different captions and 103 words, 100 of them in one caption alone" in text
-    assert "20,000 images are 200 passes" in text and ": expect" in text
-    assert "with more than" in cli.expectation(once, 500) and "Every 100 images are a pass" in cli.expectation(once)
+    assert "20,000 images are 200 passes through them. Expect drawings" in text
+    assert "500 images are 5 passes through them. With more than" in cli.expectation(once, 500)
+    assert "1,000 passes" in cli.expectation(once, 100_000) and "Every 100 images are a pass" in cli.expectation(once)
+    assert "50 training pictures with 100" in cli.expectation(once, 500, 50), "some pictures have several captions"
     assert cli.expectation(["a red ball", "a blue ball"] * 50, 5_000) == "", "many pictures of each caption"
+
+
+def test_two_sizes_of_a_folder_are_two_sets(tmp_path):
+    where = str(drawings.write(tmp_path / "few", n=40))
+    for size in (32, 16):
+        data = load(where, size)
+        assert evaluate(memory(data), data, n=4, n_trained=4)["nearest_train_captions"] == 1

@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST = 8              # workers, however many cores there are: each takes one to two gigabytes
-HANG = 75 * 60        # seconds after which a step counts as hung where nobody watches (CI); elsewhere nothing limits it
+HANG = 60 * 60        # seconds after which a step counts as hung where nobody watches (CI); elsewhere nothing limits it
 STEPS = ("notebooks", "pytest", "browser")
 POSIX = os.name == "posix"
 
@@ -137,9 +137,9 @@ def main(words):
                 "browser": [sys.executable, "-m", "pytest", "tests/browser"]}
     for name in names:
         start = time.time()
-        code = step(commands[name], env) or code
-        took[name] = time.time() - start
-        if code in (124, 130): break
+        found = step(commands[name], env)
+        code, took[name] = code or found, time.time() - start
+        if found in (124, 130): break
     parts = " + ".join(f"{name} {seconds:.0f} s" for name, seconds in took.items())
     print(f"\n{parts}, on {workers} worker{'s' * (workers > 1)}: {'passed' if not code else 'FAILED'}", flush=True)
     return code

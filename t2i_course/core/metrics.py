@@ -514,7 +514,8 @@ def reference(
     n:int,       # pictures
 )->dict:         # everything of a row that does not depend on the method
     "The real side of the protocol, made once"
-    key = (data.name, fingerprint(judge) if judge else '', n, str(getattr(data, 'source', '')), str(getattr(data, 'path', '')))
+    content = getattr(data, 'fingerprint', None) or (data.name, str(getattr(data, 'source', '')))
+    key = (content, tuple(data.shape), fingerprint(judge) if judge else '', n)
     if key in _kept: return _kept[key]
     take = lambda split,i,m: data.batch(split, Draws(SEED, torch.arange(i, i+m)))
     finite = math.isfinite(distinct(data, 'test'))

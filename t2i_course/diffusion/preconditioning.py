@@ -488,7 +488,7 @@ def fit_checked(
     n_groups = math.prod(len(tokens)+1 for tokens in skip.groups)
     few = len(x[:,0].sum(1).unique())<10*p # with ten pictures a direction a sample's own variances are honest enough
     skip.tables |= fit_space(z, skip.group(ids), n_groups, skip.rank, fold=fold if few else None)
-    skip.tables = {k:v.contiguous() for k,v in skip.tables.items()} # as a file gives them back
+    skip.tables = {k:v.clone(memory_format=torch.contiguous_format) for k,v in skip.tables.items()} # as a file gives them back, to the strides
     skip.chosen = dict(lam=lam, pairs=pairs, lam_colour=lam_colour)
     return skip
 
@@ -518,7 +518,8 @@ def fit_skip(
     told = tok(b.captions)
     cond = told.drop(draws.uniform('drop')>=den.p_drop, tok.null())
     x,ids = b.x.to(device),cond.ids.to(device)
-    if isinstance(den.skip, CaptionGaussian): fit_checked(den.skip, x, ids, held_together(b.x, told.ids).to(device))
+    fold = held_together(b.x, told.ids).to(device)
+    if isinstance(den.skip, CaptionGaussian) and fold.any(): fit_checked(den.skip, x, ids, fold) # one share alone tells nothing
     else: den.skip.fit(x, ids)
     return den
 

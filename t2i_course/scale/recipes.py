@@ -479,7 +479,7 @@ class Shards:
         index = _read_json(self.folder/'index.json', 'delete it and run t2i prepare again, the shards stay')
         self.about,self.notes = index['about'],{s['url']:s for s in index['shardlist']}
         self.lengths = tuple(s['nsamples'] for s in index['shardlist'])
-        self.seen,self.made_by = set(),self.about['codec']
+        self.seen,self.made_by,self._origin = set(),self.about['codec'],None
         told = {k:v for k,v in self.about.items() if k!='origin'} # wherever it was, and wherever this folder lies
         self.fingerprint = hashlib.sha256(json.dumps([told, [s['sha256'] for s in index['shardlist']]], sort_keys=True).encode()).hexdigest()
         if self.made_by and (codec is None or fingerprint(codec.encoder)!=self.made_by):
@@ -558,8 +558,10 @@ class Shards:
     def origin(self):
         "The data set that was prepared"
         place = self.about['origin']
-        try: return load(place, self.about['shape'][-1] if is_path(place) else None)
+        if self._origin is not None: return self._origin
+        try: self._origin = load(place, self.about['shape'][-1] if is_path(place) else None)
         except CourseError as e: raise CourseError(f'{self.folder} was prepared from {place}, whose unseen pictures are wanted: {e}') from e
+        return self._origin
     def demands(self, caption:str)->dict: # what a caption demands of a picture
         return self.origin().demands(caption)
     def whole(self)->'Whole': # to measure with
@@ -567,7 +569,8 @@ class Shards:
 
 class Whole:
     "The data set that shards were prepared from; what was trained on are the pictures of the shards"
-    def __init__(self, shards:Shards): self.shards,self.data,self.source = shards,shards.origin(),shards.source
+    def __init__(self, shards:Shards):
+        self.shards,self.data,self.source,self.fingerprint = shards,shards.origin(),shards.source,shards.fingerprint
     def __getattr__(self, name): return getattr(self.data, name)
     def batch(self, split, draws): # as in every data set
         trained = split=='train' and split in self.shards.splits and not self.shards.made_by
