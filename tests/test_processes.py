@@ -40,7 +40,7 @@ def two(folder):
         if recipe not in SHARED: continue
         todo[recipe, how, "stopped"] = one(recipe, how, "-cut", stop=3)
         todo[recipe, how, "resumed"] = one(recipe, how, "-cut", resume=True)
-        if how == "fsdp": todo[recipe, how, "bf16"] = one(recipe, how, "-bf16", precision="bf16", batches=1)
+        if how == "fsdp": todo[recipe, how, "bf16"] = one(recipe, how, "-bf16", precision="bf16")
     prepare("digits", folder / "shards", 100, shard_size=32)
     todo["ddpm", "ddp", "shards"] = one("ddpm", "ddp", "-shards", data=str(folder / "shards"))
     (folder / "trials.json").write_text(json.dumps(list(todo.values())))
@@ -98,7 +98,8 @@ def test_resumed_to_the_same_bytes(recipe, how, two):
 def test_sharded_in_bfloat16_loses_about_the_same(recipe, two, alone):
     found, _ = two[recipe, "fsdp", "bf16"]
     assert "crashed" not in found, found["crashed"]
-    assert 0 < abs(found["losses"][0] - alone(recipe)["losses"][0]) < .02
+    far = [abs(a - b) for a, b in zip(found["losses"], alone(recipe)["losses"], strict=True)]
+    assert 0 < max(far) < .02 # at the first step a head of zeros answers 0 in any format
 
 
 def test_a_last_step_of_one_image_resumes_to_the_same_bytes_on_one_process(folder, alone):
