@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from t2i_course.core.data import NUMBERS, Batch, CourseError, Labelled, check_split, in_epochs, split_words
-from t2i_course.folders import composed, piles, raw, readable, say, shown
+from t2i_course.folders import composed, piles, raw, readable, say, say_once as say_once, shown # say_once: for core.data
 
 
 # --- torchvision under T2I_DATA ---

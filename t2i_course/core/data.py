@@ -565,7 +565,7 @@ def load(
                           +(f' ({here})' if here else ', such as ./pictures'))
     if size: raise CourseError(f'--size is for a folder of pictures; those of {name} have a size of their own')
     if here:
-        from t2i_course.folders import say_once
+        from t2i_course.sources import say_once
         say_once(f"'{name}' is the data set of the course; {here} ({Path(name).resolve()})")
     own = dict(digits=Digits, painted=Painted, painted2=PaintedTwo)
     if name in own: return own[name]()
