@@ -160,7 +160,7 @@ NEW = ["ddpm", "--data", "digits", "--scale", "smoke", "--images", "1920", "--pr
 @pytest.fixture(scope="module")
 def undisturbed(folder):
     p = start(folder / "straight", *NEW, "--shard", "fsdp")
-    out, err = p.communicate(timeout=300)
+    out, err = p.communicate(timeout=1800)
     assert p.returncode == 0, err[-2000:]
     assert "process 0 of 2 holds" in err and "process 1 of 2 holds" in err and out.count("trained") == 1
     return load_tensors(folder / "straight" / "model.safetensors")[0]
@@ -170,20 +170,18 @@ def undisturbed(folder):
 def test_a_process_that_dies_stops_the_others_and_the_run_goes_on(undisturbed, folder):
     out = folder / "killed"
     p = start(out, *NEW, "--shard", "fsdp")
-    for _ in range(600):
-        if fsdp.checkpoints(out): break
-        time.sleep(.1)
+    while p.poll() is None and not fsdp.checkpoints(out): time.sleep(.1)
     workers = [int(s.parent.name) for s in Path("/proc").glob("[0-9]*/stat") if int(s.read_text().rsplit(")", 1)[1].split()[1]) == p.pid]
     assert len(workers) == 2, "two processes at work"
     os.kill(workers[1], signal.SIGKILL)
     began = time.monotonic()
-    _, err = p.communicate(timeout=60)
-    assert p.returncode != 0 and time.monotonic() - began < 60
+    _, err = p.communicate(timeout=1800)
+    assert p.returncode != 0 and time.monotonic() - began < 600 # a process waits an hour for one that does not answer: it was told
     assert "--resume" in err or "Signal 9" in err or "SIGKILL" in err, err[-2000:]
     assert not (out / "model.safetensors").exists() and fsdp.checkpoints(out)
     shutil.copytree(out, folder / "handed on")
     p = start(out, "ddpm", "--shard", "fsdp", "--resume")
-    _, err = p.communicate(timeout=300)
+    _, err = p.communicate(timeout=1800)
     assert p.returncode == 0 and "going on at" in err, err[-2000:]
     again, _ = load_tensors(out / "model.safetensors")
     for k, v in undisturbed.items(): assert torch.equal(v, again[k])

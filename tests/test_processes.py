@@ -47,7 +47,7 @@ def two(folder):
     env = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
                             PYTHONPATH=os.pathsep.join([str(Path(fsdp.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", processes.__file__, folder / "trials.json"]
-    done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr[-3000:]
     def left(o, rank): return torch.load(f"{o['out']}-{'resumed' if o.get('resume') else 'end'}-{rank}.pt")
     return {k: [left(o, rank) for rank in (0, 1)] for k, o in todo.items()}

@@ -256,7 +256,7 @@ def trials():
 def launch(
     size:int,     # processes; 1: one, without torchrun
     *todo,        # dicts of options of `trial`
-    limit:float=300., # seconds
+    limit:float=3600., # seconds: a guard against hanging, not a measure of the machine
 )->list:          # of each trial: log, weights, average, held (one dict a process)
     "Start processes with torchrun on this machine's processor, wait, read what they left behind"
     code = [sys.executable, '-c', 'from t2i_course.scale.fsdp import trials; trials()', json.dumps([o|dict(out=str(o['out'])) for o in todo])]
