@@ -291,7 +291,7 @@ def sharers(
     if 'RANK' not in os.environ:
         raise CourseError(f'--shard {shard} needs processes: torchrun --nproc-per-node 2 -m t2i_course train ... --shard {shard}')
     from t2i_course.scale.fsdp import Ranks
-    return Ranks(minutes=60) # process 0 may have a large folder to read before the others see the config
+    return Ranks(minutes=30) # process 0 may have a large folder to read before the others see the config
 
 def fit_run(
     out:Path,           # run folder
