@@ -19,7 +19,9 @@ open(sys.argv[1] + ".part", "w").write(json.dumps([os.getpid(), child.pid]))
 os.replace(sys.argv[1] + ".part", sys.argv[1])
 time.sleep(float(sys.argv[2]))
 """
-STEP = "import sys; sys.path.insert(0, 'tools'); import run_tests; sys.exit(run_tests.step(sys.argv[1:]))"
+# what is started in the background of a script inherits that Ctrl-C is ignored: here it counts again
+STEP = ("import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.path.insert(0, 'tools'); "
+        "import run_tests; sys.exit(run_tests.step(sys.argv[1:]))")
 
 
 def driver(note, seconds=600., **env):
