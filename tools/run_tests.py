@@ -141,7 +141,8 @@ def main(words):
         code, took[name] = code or found, time.time() - start
         if found in (124, 130): break
     parts = " + ".join(f"{name} {seconds:.0f} s" for name, seconds in took.items())
-    print(f"\n{parts}, on {workers} worker{'s' * (workers > 1)}: {'passed' if not code else 'FAILED'}", flush=True)
+    if names != ["browser"]: parts += f", on {workers} worker{'s' * (workers > 1)}"
+    print(f"\n{parts}: {'passed' if not code else 'FAILED'}", flush=True)
     return code
 
 
