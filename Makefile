@@ -44,7 +44,7 @@ test-browser: $(READY)
 	$(RUN) $(BIN)/python tools/run_tests.py browser
 
 lab: $(READY)
-	$(RUN) $(SPIN) $(BIN)/jupyter lab $(ROOT) --LabApp.default_url=/lab/tree/nbs/00_start/00_tour.ipynb
+	$(RUN) $(SPIN) $(BIN)/jupyter lab $(ROOT) --LabApp.default_url=/lab/tree/nbs/00_start/01_tour.ipynb
 
 docs: $(READY)
 	$(SMOKE) $(BIN)/python -m pytest tests/test_docs.py

@@ -677,9 +677,10 @@ pictures   {out/'samples.png'}
 numbers    {out/'metrics.json'}
 model      {out/'model.safetensors'}
 draw your own: t2i sample {out} --prompt "a thin blue four on pink" --out four.png
-What to open next (make lab): nbs/00_start/00_tour.ipynb, then the parts of this model:
-  captions and pictures 10_data, text encoder 11_conditioning, training 12_training, metrics 14_metrics,
-  network and guidance 30_ddpm, the head start 34_preconditioning, the method itself 60_flow_matching""")
+What to open next (make lab): nbs/00_start/01_tour.ipynb, then the parts of this model:
+  captions and pictures 01_core/01_data, text encoder 01_core/02_conditioning, training 01_core/03_training,
+  metrics 01_core/05_metrics, network and guidance 04_diffusion/01_ddpm, the head start 04_diffusion/04_preconditioning,
+  the method itself 06_flow/01_flow_matching""")
     return row
 
 def clock_text(
@@ -806,7 +807,7 @@ def result_file(out, name:str)->Path:
     return path
 
 def run_chapter(
-    chapter,      # 'flow_matching' or '60_flow_matching'
+    chapter,      # 'flow_matching', or '01_flow_matching' as its notebook is called
     seeds=(0,1),  # of the runs
     seconds=None, # training time of a row; default 60
     out=None,     # file to write; default results/CHAPTER.json

@@ -199,7 +199,7 @@ def test_run_chapter_goes_on(tmp_path, monkeypatch, capsys):
             for k in "ab": yield f"arm.{k}", lambda k=k: calls.append(k) or stop.get(k, dict(loss=ord(k) / 7))()
     stop = dict(a=lambda: dict(loss=.123456789), b=lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     monkeypatch.setattr(cli, "module", lambda name, table=None: Sweep)
-    run = ["run", "88_recipes", "--seeds", "1", "--out", str(path)]
+    run = ["run", "04_recipes", "--seeds", "1", "--out", str(path)]
     assert main(run) == 130 and calls == ["a"] + ["b"] and set(json.loads(path.read_text())["arm"]) == {"a"}
     stop["b"] = lambda: dict(loss=.2345678912)
     assert main(run) == 0 and calls == ["a", "b", "b"] and "1 of 2 arm.a: kept" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
+from collections import defaultdict
 
 import pytest
 from execnb.nbio import nb2str
@@ -26,10 +26,19 @@ def test_chapter_stands_in_a_numbered_room(chapter):
     assert re.fullmatch(r"nbs/\d\d_[a-z0-9_]+/\d\d_[a-z0-9_]+\.ipynb", str(chapter))
 
 
-def test_chapter_numbers_are_unique():
+def test_chapters_count_from_one_inside_their_part():
     assert CHAPTERS
-    counts = Counter(chapter.number for chapter in CHAPTERS)
-    assert max(counts.values()) == 1, counts
+    parts = defaultdict(list)
+    for chapter in CHAPTERS: parts[chapter.path.parent.name].append(chapter.path.name[:2])
+    for part, numbers in parts.items(): assert sorted(numbers) == [f"{n:02}" for n in range(1, len(numbers) + 1)], part
+    assert len({part[:2] for part in parts}) == len(parts), parts
+    assert len({chapter.address for chapter in CHAPTERS}) == len(CHAPTERS)
+
+
+@every_notebook
+def test_chapters_are_named_not_numbered(nb):
+    "A number moves when a chapter is put in before it."
+    for cell in nb.cells: assert not re.search(r"\b[Cc]hapters?\s+\d", cell.source), cell.source
 
 
 @every_chapter
@@ -52,7 +61,7 @@ def imported_modules(tree):
 
 
 @every_chapter
-def test_exported_imports_come_from_smaller_numbers(chapter):
+def test_exported_imports_come_from_chapters_before(chapter):
     trees = [cell.code for cell in chapter.code_cells if cell.exported]
     for name, level in [found for tree in trees for found in imported_modules(tree)]:
         assert level == 0, f"write `from {LIB}... import`: nbdev makes it relative"
@@ -60,7 +69,7 @@ def test_exported_imports_come_from_smaller_numbers(chapter):
         if name == f"{LIB}.sources": continue  # hand-written plumbing: downloads and folders
         source = BY_MODULE.get(name.removeprefix(f"{LIB}."))
         assert source, f"{name} is not the module of a chapter"
-        assert source.number < chapter.number, f"{name} is explained later"
+        assert source.order < chapter.order, f"{name} is explained later"
 
 
 @every_chapter
@@ -247,7 +256,7 @@ def test_ends_with_summary_references_and_export(chapter):
 
 
 # --- Measured numbers ---
-# A number that comes from a run is written with its source: 93.1% <!-- results/60_flow_matching.json#demo -->
+# A number that comes from a run is written with its source: 93.1% <!-- results/flow_matching.json#demo -->
 
 MARK = re.compile(r"<!--\s*results[/:](?P<file>[\w./-]+\.json)#(?P<path>[\w.\[\]-]+)\s*-->")
 UNIT = r"[*_`]*(?:\s[A-Za-z]{1,12})?[*_`]*\s*"

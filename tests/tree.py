@@ -85,11 +85,13 @@ class Notebook:
     def outputs(self): return [output for cell in self.cells for output in cell.outputs]
 
     @property
-    def number(self): return self.path.name[:2]
+    def order(self):
+        "Where the chapter stands in the course: part, then number inside the part."
+        return int(self.path.parent.name[:2]), int(self.path.name[:2])
 
     @property
     def address(self):
-        "The module that belongs at this place: nbs/04_diffusion/30_ddpm.ipynb -> diffusion.ddpm"
+        "The module that belongs at this place: nbs/04_diffusion/01_ddpm.ipynb -> diffusion.ddpm"
         return f"{unnumbered(self.path.parent.name)}.{unnumbered(self.path.stem)}"
 
     @property

@@ -14,7 +14,7 @@ from chromium import find
 from playwright.sync_api import expect, sync_playwright
 from tree import ROOT, copy_to
 
-NOTEBOOK = "nbs/06_flow/60_flow_matching.ipynb"
+NOTEBOOK = "nbs/06_flow/01_flow_matching.ipynb"
 TOKEN = "the-browser-test"
 MINUTES = 60_000
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
