@@ -25,7 +25,7 @@ TESTS = {"test", "val", "valid", "validation"}  # folders beside train
 
 
 def eight_bit(im, white=None):
-    """Gray of more than 8 bits. White is 65535 where the file says 16 bits; else 1 (floats), 255 or 65535, the
+    """Gray of more than 8 bits. White is 65535 where a file says 16 bits; else 1 (floats), 255 or 65535, the
     first that no value exceeds"""
     v = np.asarray(im).astype(np.float64)
     white = white or next(
