@@ -48,9 +48,9 @@ def run_data(out: Path, config: dict):
 
 
 # Below 20 pictures a caption a model meets single pictures, not a kind of picture (as in `pairs_of`: fewer
-# say little). Copies come with passes: of 759 drawings with a caption each, flow matching gave back 2% after 32
-# passes (tests/drawings.py), so a hundred is where to begin to look for them. A word in one caption alone cannot be
-# told from the rest of its picture.
+# say little). Copies come with passes: of 759 drawings with a caption each, flow matching gave back 2%
+# after 32 (tests/drawings.py), so a hundred is where to begin to look for them. A word in one caption alone
+# cannot be told from the rest of its picture.
 FEW_PICTURES, MANY_PASSES = 20, 100
 
 
