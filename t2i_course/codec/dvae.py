@@ -69,8 +69,10 @@ class DVAE(nn.Module):
     ):
         super().__init__()
         self.n_codes,self.factor,self.beta,self.anneal,self.last = n_codes,2**len(widths),beta,anneal,last
-        self.encoder,self.decoder = Encoder(channels, n_codes, widths, depth),Decoder(channels, dim, widths, depth)
-        self.codebook = nn.Parameter(3*torch.randn(n_codes, dim)) # a mixture of many codes is much shorter than each
+        self.encoder = Encoder(channels, n_codes, widths, depth)
+        self.decoder = Decoder(channels, dim, widths, depth)
+        # a mixture of many codes is much shorter than each
+        self.codebook = nn.Parameter(3*torch.randn(n_codes, dim))
     def grid(self, shape)->tuple: return tuple(s//self.factor for s in shape[1:]) # rows and columns of codes
     @torch.no_grad()
     def codes(self,
@@ -99,7 +101,8 @@ class DVAE(nn.Module):
         draws:Draws, # of b pictures
         grid,        # rows and columns of codes
     )->Tensor:       # (b k h w) standard Gumbel noise
-        return gumbel(draws.uniform('gumbel', self.n_codes*math.prod(grid)).view(-1, self.n_codes, *grid).to(self.codebook.device))
+        u = draws.uniform('gumbel', self.n_codes*math.prod(grid)).view(-1, self.n_codes, *grid)
+        return gumbel(u.to(self.codebook.device))
     def soft(self,
         x:Tensor,    # (b c h w) pictures
         draws:Draws, # Gumbel noise
@@ -145,13 +148,15 @@ def inspect(
     codec,    # a discrete codec
     x:Tensor, # (n c h w) unseen pictures
 )->dict:
-    "Error of the likeliest codes and use of the codebook; for a dVAE also with codes drawn softly, and drawn one by one with the same noise"
+    "Error of the likeliest codes, use of the codebook; for a dVAE also of soft and of single drawn choices"
     ids,error = codec.codes(x),lambda y: (y.clamp(-1, 1)-x).square().mean().item()
-    out = dict(error=error(codec.decode_codes(ids)), perplexity=perplexity(ids, codec.n_codes), dead=dead(ids, codec.n_codes), n_codes=codec.n_codes)
+    out = dict(error=error(codec.decode_codes(ids)), perplexity=perplexity(ids, codec.n_codes),
+               dead=dead(ids, codec.n_codes), n_codes=codec.n_codes)
     if not isinstance(codec, DVAE): return out
     draws = Draws(0, torch.arange(len(x)))
     (y,logits),noise = codec.soft(x, draws, codec.last),codec.noise(draws, ids.shape[1:])
-    return out|dict(soft=error(y), drawn=error(codec.decode_codes((logits+noise).argmax(1))), kl=kl_to_uniform(logits).mean().item())
+    return out|dict(soft=error(y), drawn=error(codec.decode_codes((logits+noise).argmax(1))),
+                    kl=kl_to_uniform(logits).mean().item())
 
 # %% ../../nbs/03_codec/04_dvae.ipynb #f65ae23a
 class Patches(nn.Module):
@@ -181,7 +186,7 @@ class Patches(nn.Module):
 # ---- a transformer as codec ----
 # arXiv:2110.04627, section 3.2
 class UnitQuantizer(VectorQuantizer):
-    "Vectors and codes keep their directions only, so that the nearest code is the one with the largest cosine"
+    "Vectors and codes keep their directions only, so the nearest code is the one with the largest cosine"
     def __init__(self, n_codes:int, dim:int, **options):
         super().__init__(n_codes, dim, **options)
         self.codebook.data.copy_(self.unit(self.codebook.data))
@@ -211,8 +216,9 @@ class ViTVQ(VQVAE):
         nn.Module.__init__(self)
         self.n_codes,self.factor,self.trim = n_codes,patch,0
         c,grid = shape[0],self.grid(shape)
-        self.encoder = nn.Sequential(nn.PixelUnshuffle(patch), Patches(c*patch**2, dim, grid, width, n_layers))
-        self.decoder = nn.Sequential(Patches(dim, c*patch**2, grid, width, n_layers), nn.PixelShuffle(patch))
+        own = dict(grid=grid, width=width, n_layers=n_layers)
+        self.encoder = nn.Sequential(nn.PixelUnshuffle(patch), Patches(c*patch**2, dim, **own))
+        self.decoder = nn.Sequential(Patches(dim, c*patch**2, **own), nn.PixelShuffle(patch))
         self.quantizer = (UnitQuantizer if unit else VectorQuantizer)(n_codes, dim, **options)
 
 # %% ../../nbs/03_codec/04_dvae.ipynb #f1534d20

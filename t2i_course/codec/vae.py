@@ -68,7 +68,7 @@ class ResBlock(nn.Module):
 def _blocks(width:int, depth:int)->list: return [ResBlock(width) for _ in range(depth)]
 
 class Encoder(nn.Module):
-    "Patches of 2x2 pixels, then residual blocks and halvings: the picture becomes 2^len(widths) times smaller"
+    "Patches of 2x2 pixels, then residual blocks and halvings: each side becomes 2^len(widths) times smaller"
     def __init__(self,
         channels:int,    # of the picture
         z_channels:int,  # of what comes out
@@ -76,8 +76,10 @@ class Encoder(nn.Module):
         depth:int=1,     # residual blocks on each grid
     ):
         super().__init__()
-        layers = [nn.PixelUnshuffle(2), nn.Conv2d(4*channels, widths[0], 3, padding=1), *_blocks(widths[0], depth)]
-        for a,b in zip(widths, widths[1:]): layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), *_blocks(b, depth)]
+        layers = [nn.PixelUnshuffle(2), nn.Conv2d(4*channels, widths[0], 3, padding=1)]
+        layers += _blocks(widths[0], depth)
+        for a,b in zip(widths, widths[1:]):
+            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), *_blocks(b, depth)]
         self.body = nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(widths[-1], z_channels, 3, padding=1))
     def forward(self,
         x:Tensor, # (b channels h w)
@@ -86,7 +88,7 @@ class Encoder(nn.Module):
 
 # %% ../../nbs/03_codec/01_vae.ipynb #d9f767c6
 class Decoder(nn.Module):
-    "The way back: residual blocks, a 1x1 convolution whose channels become pixels, twice as many a side each time"
+    "The way back: residual blocks, a 1x1 convolution whose channels become pixels, twice the side each time"
     def __init__(self,
         channels:int,    # of the picture
         z_channels:int,  # of what comes in
@@ -98,7 +100,8 @@ class Decoder(nn.Module):
         layers = [nn.Conv2d(z_channels, ws[0], 3, padding=1), *_blocks(ws[0], depth)]
         for a,b in zip(ws, ws[1:]): layers += [nn.Conv2d(a, 4*b, 1), nn.PixelShuffle(2), *_blocks(b, depth)]
         self.body = nn.Sequential(*layers, nn.SiLU())
-        self.head = nn.Conv2d(ws[-1], 4*channels, 3, padding=1) # the last layer: the adaptive weight looks at it
+        # the last layer: the adaptive weight looks at it
+        self.head = nn.Conv2d(ws[-1], 4*channels, 3, padding=1)
     def forward(self,
         z:Tensor, # (b z_channels h w)
     )->Tensor:    # (b channels f*h f*w), not limited to [-1,1]
@@ -117,7 +120,8 @@ class VAE(nn.Module):
         self.z_channels,self.factor = z_channels,2**len(widths)
         self.encoder = Encoder(channels, 2*z_channels, widths, depth)
         self.decoder = Decoder(channels, z_channels, widths, depth)
-        self.register_buffer('shift', torch.zeros(z_channels)) # mean and variance of the latents, for whitening
+        # mean and variance of the latents, for whitening
+        self.register_buffer('shift', torch.zeros(z_channels))
         self.register_buffer('var', torch.ones(z_channels))
 
     def grid(self,
@@ -166,7 +170,7 @@ class VAE(nn.Module):
 
 # %% ../../nbs/03_codec/01_vae.ipynb #0d4368e8
 # ---- the losses ----
-def _folded(layer:nn.Sequential)->nn.Sequential: # convolution, normalisation, SiLU: the first two become one convolution
+def _folded(layer:nn.Sequential)->nn.Sequential: # convolution and normalisation become one convolution
     conv,norm,act = layer
     return nn.Sequential(fuse_conv_bn_eval(conv.eval(), norm.eval()), act)
 
@@ -177,7 +181,8 @@ class Perceptual:
         taps=(1,4),   # layers of the body that are compared
     ):
         self.taps = taps
-        self.body = nn.Sequential(*(_folded(layer) for layer in judge.body[:max(taps)+1])).to(memory_format=torch.channels_last)
+        body = nn.Sequential(*(_folded(layer) for layer in judge.body[:max(taps)+1]))
+        self.body = body.to(memory_format=torch.channels_last)
     def to(self, device):
         self.body.to(device)
         return self
@@ -193,7 +198,8 @@ class Perceptual:
         x:Tensor, # (b c h w) a picture
         y:Tensor, # (b c h w) another
     )->Tensor:    # (b)
-        "Squared distance of the features, mean over places, sum over taps (LPIPS, arXiv:1801.03924, eq. 1, all weights 1)"
+        # LPIPS, arXiv:1801.03924, eq. 1, all weights 1
+        "Squared distance of the features, mean over places, sum over taps"
         with torch.no_grad(): fx = self.features(x)
         return sum((a-b).square().sum(1).mean((1,2)) for a,b in zip(fx, self.features(y)))
 
@@ -246,10 +252,12 @@ def lookalikes(
     left,found = set(range(len(captions))),{}
     for split in [s for s in ('test','heldout') if s in data.splits]:
         size = distinct(data, split)
-        finite = size!=float('inf') # then the first half of the protocol's order is what drawings are compared with
+        # if so, the first half of the protocol's order is what drawings are compared with
+        finite = size!=float('inf')
         for k in range(chunks):
             if not left: break
-            at = torch.arange(size//2, size).roll(997*seed%size) if finite else torch.arange(k*chunk, (k+1)*chunk)
+            at = torch.arange(k*chunk, (k+1)*chunk)
+            if finite: at = torch.arange(size//2, size).roll(997*seed%size)
             own = SEED if finite else 1_000_003+seed
             shown = _attributes(data, split, Draws(own, at)) if any(wanted) else {}
             free = torch.ones(len(at), dtype=torch.bool)
@@ -315,20 +323,22 @@ class Repeated(NamedTuple):
 def _start(state): state.net.plays.fill_(True)
 
 class KLModel(CodecModel):
-    "Reconstruction + KL + perceptual + adversarial, as Stable Diffusion's first stage (arXiv:2112.10752, section 3.1)"
+    # arXiv:2112.10752, section 3.1
+    "Reconstruction + KL + perceptual + adversarial, as Stable Diffusion's first stage"
     def __init__(self,
         codec:VAE,                # what encodes and decodes
         disc:nn.Module,           # disc(x) -> (b n) logits
         seen:Perceptual=None,     # the perceptual distance, if there is one
-        kl:float=1e-6,            # weight of the KL, where errors and KL are both summed over all their numbers
+        kl:float=1e-6,            # weight of the KL, where errors and KL are summed over all their numbers
         perceptual:float=1.,      # weight of the perceptual distance, beside the mean absolute error
-        adversarial:float=.5,     # the adversary's share of the gradient at the last layer; 0: no discriminator
+        adversarial:float=.5,     # the adversary's share of the last layer's gradient; 0: no discriminator
         since:float=.5,           # share of the budget after which the discriminator plays
         lr=(3e-3,1e-3),           # of codec and discriminator
     ):
         self.disc,self.seen,self.kl,self.perceptual,self.adversarial = disc,seen,kl,perceptual,adversarial
         net = nn.ModuleDict(dict(codec=codec, disc=disc))
-        net.register_buffer('plays', torch.zeros((), dtype=torch.bool)) # part of the net, so that a saved run knows it
+        # part of the net, so that a saved run knows it
+        net.register_buffer('plays', torch.zeros((), dtype=torch.bool))
         turns = [Turn('codec', self.codec_loss, 'codec')]
         if adversarial: turns.append(Turn('disc', self.disc_loss, 'disc', since=since, begin=_start))
         own = dict(codec=dict(lr=lr[0]), disc=dict(lr=lr[1], betas=(.5,.9), weight_decay=0.))
@@ -351,7 +361,8 @@ class KLModel(CodecModel):
         r:Repeated, # what became of them
     )->dict:        # rec, kl and, if there is one, seen: each (b)
         "Mean absolute error; KL summed over the latent, for each number of the picture; perceptual distance"
-        out = dict(rec=(x-r.y).abs().flatten(1).mean(1), kl=kl_to_normal(r.mean, r.logvar).flatten(1).sum(1)/x[0].numel())
+        kl = kl_to_normal(r.mean, r.logvar).flatten(1).sum(1)/x[0].numel()
+        out = dict(rec=(x-r.y).abs().flatten(1).mean(1), kl=kl)
         if self.seen and self.perceptual: out['seen'] = self.seen(x, r.y)
         return out
 
@@ -360,7 +371,7 @@ class KLModel(CodecModel):
         cond,        # not used
         draws:Draws, # random numbers of these samples
     )->Tensor:       # (b)
-        "The autoencoder's turn: two kinds of error, a little KL and, once the discriminator plays, its opinion"
+        "The autoencoder's turn: two kinds of error, a little KL and, later, the opinion of the discriminator"
         r = self.repeat(x, draws)
         if self.codec.training: self.codec.watch(r.drawn)
         t = self.terms(x, r)
@@ -368,7 +379,8 @@ class KLModel(CodecModel):
         loss = nll+self.kl*t['kl']
         if not (self.adversarial and self.net.plays and torch.is_grad_enabled()): return loss
         fool = hinge_g(self.disc(r.y).float()).mean(1)
-        return loss+adaptive_weight(nll.mean(), fool.mean(), self.codec.decoder.head.weight, self.adversarial)*fool
+        last = self.codec.decoder.head.weight
+        return loss+adaptive_weight(nll.mean(), fool.mean(), last, self.adversarial)*fool
 
     def disc_loss(self,
         x:Tensor,    # (b c h w) pictures
@@ -419,7 +431,8 @@ def active_units(
     mean:Tensor,      # (n ...) posterior means of n pictures
     least:float=.01,  # variance over the pictures from which a number counts as used
 )->float:             # 0..1
-    "Share of the latent numbers whose posterior mean differs from picture to picture (arXiv:1509.00519, section 5)"
+    # arXiv:1509.00519, section 5
+    "Share of the latent numbers whose posterior mean differs from picture to picture"
     return (mean.flatten(1).var(0)>least).double().mean().item()
 
 # %% ../../nbs/03_codec/01_vae.ipynb #fb3f2673
@@ -428,7 +441,7 @@ def whiten(
     codec:VAE, # changed in place
     x:Tensor,  # (n c h w) pictures
 )->VAE:
-    "Set shift and variance from these pictures: mean and variance of the posterior's draws, channel by channel"
+    "Set shift and variance from pictures: mean and variance of the posterior's draws, channel by channel"
     mean,logvar = torch.cat([codec.encode(p) for p in x.split(250)]).chunk(2, 1)
     codec.shift.copy_(mean.mean((0,2,3)))
     codec.var.copy_(mean.var((0,2,3))+logvar.exp().mean((0,2,3)))
@@ -602,7 +615,7 @@ class PlaceAttention(nn.Module):
 
 # %% ../../nbs/03_codec/01_vae.ipynb #3a644e31
 class Level(nn.Module):
-    "Residual blocks on one grid, then on to the next grid: a convolution with stride 2, or pixels doubled and a convolution"
+    "Residual blocks on one grid; on to the next by a convolution with stride 2, or doubled pixels and one"
     def __init__(self,
         a:int,      # channels in
         b:int,      # channels out
@@ -613,7 +626,8 @@ class Level(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(NormBlock(b if i else a, b, groups) for i in range(depth))
         self.to = move
-        if move: self.move = nn.Conv2d(b, b, 3, stride=2 if move=='down' else 1, padding=0 if move=='down' else 1)
+        how = dict(stride=2, padding=0) if move=='down' else dict(padding=1)
+        if move: self.move = nn.Conv2d(b, b, 3, **how)
     def forward(self, x:Tensor)->Tensor:
         for block in self.blocks: x = block(x)
         if self.to=='down': return self.move(F.pad(x, (0,1,0,1))) # a row and a column at the far ends only
@@ -634,8 +648,10 @@ class Half(nn.Module):
         self.stem = nn.Conv2d(c_in, widths[0], 3, padding=1)
         self.levels = nn.ModuleList(Level(a, b, depth, move if i<len(widths)-1 else '', groups)
                                     for i,(a,b) in enumerate(zip([widths[0],*widths], widths)))
-        self.middle = nn.Sequential(NormBlock(mid, mid, groups), PlaceAttention(mid, groups), NormBlock(mid, mid, groups))
-        self.norm,self.head = nn.GroupNorm(groups, widths[-1], eps=1e-6),nn.Conv2d(widths[-1], c_out, 3, padding=1)
+        self.middle = nn.Sequential(NormBlock(mid, mid, groups), PlaceAttention(mid, groups),
+                                    NormBlock(mid, mid, groups))
+        self.norm = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.head = nn.Conv2d(widths[-1], c_out, 3, padding=1)
     def forward(self, x:Tensor)->Tensor:
         parts = [*self.levels, self.middle] if self.move=='down' else [self.middle, *self.levels]
         x = self.stem(x)
@@ -643,7 +659,8 @@ class Half(nn.Module):
         return self.head(F.silu(self.norm(x)))
 
 # %% ../../nbs/03_codec/01_vae.ipynb #2b3d67c7
-KL_F8 = dict(channels=3, z_channels=4, widths=(128,256,512,512), depth=2, groups=32) # Stable Diffusion 1 and 2
+# Stable Diffusion 1 and 2
+KL_F8 = dict(channels=3, z_channels=4, widths=(128,256,512,512), depth=2, groups=32)
 
 class StableVAE(nn.Module):
     "The autoencoder of Stable Diffusion, with the same three methods as `VAE`"
@@ -660,7 +677,8 @@ class StableVAE(nn.Module):
         self.z_channels,self.factor,self.scale,self.shift = z_channels,2**(len(widths)-1),scale,shift
         self.encoder = Half(channels, 2*z_channels, widths, depth, 'down', groups)
         self.decoder = Half(z_channels, channels, widths[::-1], depth+1, 'up', groups)
-        self.quant,self.unquant = nn.Conv2d(2*z_channels, 2*z_channels, 1),nn.Conv2d(z_channels, z_channels, 1)
+        self.quant = nn.Conv2d(2*z_channels, 2*z_channels, 1)
+        self.unquant = nn.Conv2d(z_channels, z_channels, 1)
 
     def encode(self,
         x:Tensor, # (b c h w) pictures
@@ -679,14 +697,17 @@ class StableVAE(nn.Module):
         return self.decoder(self.unquant(x0/self.scale+self.shift))
 
 # %% ../../nbs/03_codec/01_vae.ipynb #3e32aead
-_NAMES = ((r'conv_in\b', 'stem'), (r'conv_norm_out', 'norm'), (r'conv_out\b', 'head'), (r'(down|up)_blocks', 'levels'),
-          (r'mid_block\.resnets\.0', 'middle.0'), (r'mid_block\.attentions\.0', 'middle.1'), (r'mid_block\.resnets\.1', 'middle.2'),
-          (r'resnets', 'blocks'), (r'(down|up)samplers\.0\.conv', 'move'), (r'conv_shortcut', 'side'), (r'group_norm', 'norm'),
+_NAMES = ((r'conv_in\b', 'stem'), (r'conv_norm_out', 'norm'), (r'conv_out\b', 'head'),
+          (r'(down|up)_blocks', 'levels'),
+          (r'mid_block\.resnets\.0', 'middle.0'), (r'mid_block\.attentions\.0', 'middle.1'),
+          (r'mid_block\.resnets\.1', 'middle.2'),
+          (r'resnets', 'blocks'), (r'(down|up)samplers\.0\.conv', 'move'), (r'conv_shortcut', 'side'),
+          (r'group_norm', 'norm'),
           (r'to_out\.0|proj_attn', 'out'), (r'to_q|query', 'q'), (r'to_k|key', 'k'), (r'to_v|value', 'v'),
           (r'^post_quant_conv', 'unquant'), (r'^quant_conv', 'quant'))
 
 def from_diffusers(
-    state:dict, # name -> tensor, as diffusers' AutoencoderKL saves them (the older names of its attention as well)
+    state:dict, # name -> tensor, as diffusers' AutoencoderKL saves them, or saved them (attention)
 )->dict:        # name -> tensor for `StableVAE`
     "The published names, translated"
     def ours(name):

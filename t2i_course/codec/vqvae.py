@@ -53,13 +53,13 @@ def dead(
 
 # %% ../../nbs/03_codec/02_vqvae.ipynb #bd0244d4
 class Codebook(nn.Module):
-    "K vectors that follow what the encoder says by running means, or by gradients; no code stays unused for long"
+    "K vectors that follow the encoder by running means, or by gradients; no code stays unused for long"
     def __init__(self,
         n_codes:int,         # size K of the codebook
         dim:int,             # numbers d a code
-        ema:float=.99,       # share of the old mean that stays at each step; None: the codebook is trained by gradients
-        restart:float=.03,   # a code with less than this share of its fair part begins anew at a vector of the batch; 0: never
-        start:str='data',    # data: vectors of the first batch; uniform: U(-1/K, 1/K); normal: N(0,1), as nn.Embedding has it
+        ema:float=.99,       # share of the old mean that stays at each step; None: trained by gradients
+        restart:float=.03,   # a code with less of its fair part moves to a vector of the batch; 0: never
+        start:str='data',    # vectors of the first batch; or uniform: U(-1/K, 1/K); or normal: N(0,1)
     ):
         super().__init__()
         self.n_codes,self.dim,self.ema,self.restart = n_codes,dim,ema,restart
@@ -68,7 +68,8 @@ class Codebook(nn.Module):
         else:
             self.register_buffer('codebook', codebook)
             self.register_buffer('total', codebook.clone())
-        self.register_buffer('mass', torch.ones(n_codes)) # running share of the vectors, times K: 1 is a fair part
+        # running share of the vectors, times K: 1 is a fair part
+        self.register_buffer('mass', torch.ones(n_codes))
         self.register_buffer('started', torch.tensor(start!='data'))
 
     def embed(self,
@@ -82,14 +83,15 @@ class Codebook(nn.Module):
         z:Tensor,    # (n d) vectors of this batch
         draws:Draws, # says which of them
     ):
-        "Codes that (almost) nothing uses move to vectors of the batch; in the first step of a data start all of them do"
+        "Codes that (almost) nothing uses move to vectors of the batch; with a data start at first all do"
         k = self.n_codes
         u = draws.uniform('restart', math.ceil(k/len(draws))).flatten()[:k].to(z.device)
         new = z[(u*len(z)).long().clamp(max=len(z)-1)]
         gone = (self.mass<self.restart)|~self.started
         self.codebook.copy_(torch.where(gone[:,None], new, self.codebook))
         self.mass.masked_fill_(gone, 2*self.restart or 1.) # some time to find vectors of its own
-        if self.ema is not None: self.total.copy_(torch.where(gone[:,None], new*self.mass[:,None], self.total))
+        if self.ema is not None:
+            self.total.copy_(torch.where(gone[:,None], new*self.mass[:,None], self.total))
         self.started.fill_(True)
 
     # arXiv:1711.00937, appendix A.1, eqs. 6-8
@@ -155,12 +157,12 @@ class VQVAE(nn.Module):
         n_codes:int=256,    # size of the codebook
         dim:int=16,         # numbers a code
         depth:int=1,        # residual blocks on each grid
-        trim:int=0,         # rows and columns by which the grid is smaller on each side: 8x8 with trim=1 is 6x6
+        trim:int=0,         # rows and columns by which each side of the grid is smaller: 8x8, trim=1 is 6x6
         **options,          # of `VectorQuantizer`
     ):
         super().__init__()
         self.n_codes,self.factor,self.trim = n_codes,2**len(widths),trim
-        self.encoder,self.decoder = Encoder(channels, dim, widths, depth),Decoder(channels, dim, widths, depth)
+        self.encoder,self.decoder = (f(channels, dim, widths, depth) for f in (Encoder, Decoder))
         if trim:
             self.encoder = nn.Sequential(self.encoder, nn.Conv2d(dim, dim, 2*trim+1))
             self.decoder = nn.Sequential(nn.ConvTranspose2d(dim, dim, 2*trim+1), self.decoder)
@@ -203,7 +205,7 @@ class TwoStage:
     options = ('temperature','guidance')
     def __init__(self,
         codec,           # a discrete codec: codes(x), decode_codes(ids), loss(x, draws), n_codes, grid(shape)
-        prior,           # loss(ids (b h w), cond, draws) -> (b); sample(cond, draws, config) -> ids (b h w); null, counted
+        prior,           # loss(ids, cond, draws) -> (b); sample(cond, draws, config) -> ids; null, counted
         share:float=.4,  # of the budget, for the codec
         lr=(2e-3,2e-3),  # peak learning rates of codec and prior
         **usual,         # further settings of both optimizers: betas, weight_decay
@@ -224,7 +226,8 @@ class TwoStage:
     def prior_loss(self, x0, cond, draws): return self.prior.loss(self.codec.codes(x0), cond, draws)
     def counted(self)->list: return self.prior.counted() # what runs once at every call of the network
     def silent(self): return self.prior.null # (1) the caption that says nothing
-    def calls(self, config:dict)->int: # network calls for one picture, counted: one a code and candidate, two with guidance
+    # one a code and candidate, two with guidance
+    def calls(self, config:dict)->int: # network calls for one picture, counted
         def nothing(captions): return self.silent()[torch.zeros(len(captions), dtype=torch.int64)]
         return count_calls(self.painter(nothing, config), self.counted())
     def painter(self,
@@ -255,7 +258,8 @@ class VQModel(CodecModel):
     def __init__(self,
         codec, # a discrete codec: forward(x, draws) -> reconstruction, what the quantiser says; cost of both
     ): super().__init__(codec, codec, self.train_loss)
-    def train_loss(self, x0, cond, draws): return self.codec.cost(x0, *self.net(x0, draws)) # net: with many processes a wrapped one
+    def train_loss(self, x0, cond, draws): # net: with many processes a wrapped one
+        return self.codec.cost(x0, *self.net(x0, draws))
     def reconstruct(self, x): return self.codec(x)[0]
 
 PICTURES = True # it trains on pictures, not on latents
@@ -317,7 +321,8 @@ def inspect(
     e = codec.quantizer(z).z_q
     ids = codec.codes(x)
     bits = ids[0].numel()*math.log2(codec.n_codes)
-    return dict(error=(codec.decode_codes(ids).clamp(-1, 1)-x).square().mean().item(), perplexity=perplexity(ids, codec.n_codes),
+    return dict(error=(codec.decode_codes(ids).clamp(-1, 1)-x).square().mean().item(),
+                perplexity=perplexity(ids, codec.n_codes),
                 dead=dead(ids, codec.n_codes), n_codes=codec.n_codes, bits=bits, tokens=ids[0].numel(),
                 used_bits=ids[0].numel()*math.log2(perplexity(ids, codec.n_codes)),
                 gap=((z-e).square().mean()/z.var()).item(), z_std=z.std().item())

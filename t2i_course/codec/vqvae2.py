@@ -38,21 +38,21 @@ class Levels(NamedTuple):
 # %% ../../nbs/03_codec/03_vqvae2.ipynb #3ca647a4
 # arXiv:1906.00446, algorithm 1 and figure 2a
 class VQVAE2(nn.Module):
-    "The coarse codes are found first; the fine ones are chosen knowing them, and draw the picture together with them"
+    "The coarse codes are found first; the fine ones are chosen knowing them, and both draw the picture"
     def __init__(self,
         channels:int=3,        # of the pictures
         widths=(32,64),        # channels on each grid down to the fine codes; every one halves the side
         n_codes=(256,64),      # size of the coarse and of the fine codebook
         dim:int=16,            # numbers a code
         depth:int=1,           # residual blocks on each grid
-        hide:float=0.,         # share of the training pictures that are drawn without their fine codes; the paper: 0
+        hide:float=0.,         # share of the training pictures drawn without their fine codes; the paper: 0
         **options,             # of `VectorQuantizer`
     ):
         super().__init__()
         self.n_codes,self.factor,self.hide,w = tuple(n_codes),2**len(widths),hide,widths[-1]
         self.encoder = Encoder(channels, w, widths, depth)            # the picture, seen on the fine grid
         self.to_top = Encoder(w, dim, (w,), depth)                    # half the side again
-        self.lift = Decoder(dim, dim, (w,), depth)                    # the coarse codes, seen on the fine grid
+        self.lift = Decoder(dim, dim, (w,), depth)                    # the coarse codes on the fine grid
         self.to_bottom = nn.Conv2d(w+dim, dim, 1)
         self.top,self.bottom = (VectorQuantizer(k, dim, **options) for k in n_codes)
         self.decoder = Decoder(channels, 2*dim, widths, depth)
@@ -169,8 +169,10 @@ def measure(
     error = lambda y: (y.clamp(-1, 1)-x).square().mean().item()
     levels = codes if isinstance(codes, Levels) else (codes,)
     sizes = codec.n_codes if isinstance(codes, Levels) else (codec.n_codes,)
-    out = dict(mse=error(codec.decode_codes(codes)), mse_mean=error(x.mean(0)), bits=bits([c.shape[1:] for c in levels], sizes),
-               perplexity=[perplexity(c, k) for c,k in zip(levels, sizes)], dead=[dead(c, k) for c,k in zip(levels, sizes)])
+    out = dict(mse=error(codec.decode_codes(codes)), mse_mean=error(x.mean(0)),
+               bits=bits([c.shape[1:] for c in levels], sizes),
+               perplexity=[perplexity(c, k) for c,k in zip(levels, sizes)],
+               dead=[dead(c, k) for c,k in zip(levels, sizes)])
     if isinstance(codes, Levels): out['mse_top'] = error(codec.decode_codes(Levels(codes.top, None)))
     return out
 
@@ -188,7 +190,7 @@ def origin(
     x:Tensor,  # (n c h w) pictures with the coarse codes of picture i and the fine codes of i+by
     real:dict, # attribute -> (n) int64, what the n pictures show
     by:int=1,  # as in `swapped`
-)->dict:       # attribute -> dict(top=.., bottom=..): share that shows the value of each, where the two differ
+)->dict:       # attribute -> dict(top=.., bottom=..): share that shows each one's value, where they differ
     "Whose digit, whose ink? Chance levels: about 1/k for k values"
     shown,out = judge.read(x),{}
     share = lambda right,among: right[among].double().mean().item()
@@ -229,8 +231,11 @@ def said_where(
     read:int,     # training pictures that a CodeReader learns from
 )->dict:          # 'swap': as from `origin`; 'read': level -> attribute -> share read right
     "Which level says what: in the eyes of the judge after a swap, and of a reader that sees the codes alone"
-    seen,test = data.batch('train', Draws(51, torch.arange(read))),data.batch('test', Draws(50, torch.arange(n)))
-    a,b = Levels(*map(torch.cat, zip(*(codec.eval().codes(p) for p in seen.x.split(500))))),codec.codes(test.x)
-    out = {level:{k:(CodeReader(getattr(a, level), v, size).read(getattr(b, level))==test.attrs[k]).double().mean().item()
+    seen,test = (data.batch(*of) for of in (('train', Draws(51, torch.arange(read))),
+                                            ('test', Draws(50, torch.arange(n)))))
+    a = Levels(*map(torch.cat, zip(*(codec.eval().codes(p) for p in seen.x.split(500)))))
+    b = codec.codes(test.x)
+    right = lambda of,k,v,size: CodeReader(getattr(a, of), v, size).read(getattr(b, of))==test.attrs[k]
+    out = {level:{k:right(level, k, v, size).double().mean().item()
                   for k,v in seen.attrs.items()} for level,size in zip(Levels._fields, codec.n_codes)}
     return dict(swap=origin(judge, codec.decode_codes(swapped(b)), test.attrs), read=out)

@@ -33,7 +33,8 @@ def ring_centres(
     return torch.stack([a.cos(), a.sin()], 1)
 
 # %% ../../nbs/02_gan/01_adversarial.ipynb #94bafceb
-def no_caption(n:int)->Cond: return raw_cond(torch.ones(n, 1, dtype=torch.int64), torch.ones(n, 1, dtype=torch.bool))
+def no_caption(n:int)->Cond:
+    return raw_cond(torch.ones(n, 1, dtype=torch.int64), torch.ones(n, 1, dtype=torch.bool))
 
 # %% ../../nbs/02_gan/01_adversarial.ipynb #0eec5c0a
 def ring(
@@ -67,7 +68,8 @@ class Points(nn.Module):
         width:int=64, # hidden units
     ):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(2, width), nn.LeakyReLU(.2), nn.Linear(width, width), nn.LeakyReLU(.2),
+        self.net = nn.Sequential(nn.Linear(2, width), nn.LeakyReLU(.2),
+                                 nn.Linear(width, width), nn.LeakyReLU(.2),
                                  nn.Linear(width, n_out))
         self.n_out = n_out
     def forward(self,
@@ -173,7 +175,7 @@ def dirac_path(
 def dirac_eigenvalues(
     gamma:float=0., # weight of R1
 )->Tensor:          # (2) complex128
-    "Of the field's Jacobian at the solution: -gamma/2 +- sqrt(gamma^2 - 1)/2 (arXiv:1801.04406, with f'(0) = 1/2)"
+    "Of the field's Jacobian at the solution: -gamma/2 +- sqrt(gamma^2 - 1)/2 (arXiv:1801.04406; f'(0) = 1/2)"
     zero = torch.zeros(2, dtype=torch.float64)
     return torch.linalg.eigvals(torch.autograd.functional.jacobian(lambda s: dirac_field(s, gamma), zero))
 
@@ -204,7 +206,8 @@ def lazy_adam(
     betas:tuple, # of Adam
     every:int,   # the penalty comes at each k-th step
 )->dict:         # settings of the optimizer
-    "A lazy penalty makes k+1 steps of k: lr times c, betas to the power of c = k/(k+1) (arXiv:1912.04958, appendix B)"
+    # arXiv:1912.04958, appendix B
+    "A lazy penalty makes k+1 steps of k: lr times c, betas to the power of c = k/(k+1)"
     c = every/(every+1) if every>1 else 1.
     return dict(lr=lr*c, betas=tuple(b**c for b in betas), weight_decay=0.)
 
@@ -370,7 +373,7 @@ class GenBlock(nn.Module):
 
 # %% ../../nbs/02_gan/01_adversarial.ipynb #4b3ac6cc
 class ConvGenerator(nn.Module):
-    "z and the caption's vector become a small grid, then finer and finer ones; every grid adds its colours to the picture"
+    "z and the caption's vector become a small grid, then finer and finer ones; every grid adds its colours"
     def __init__(self,
         shape,             # (c h w) of a picture
         z_dim:int=64,      # numbers in z
@@ -403,7 +406,8 @@ class ConvGenerator(nn.Module):
             scale,shift = self.films[i](emb)[:,:,None,None].chunk(2, 1)
             x = leaky(x*(1+scale)+shift)
             for block in blocks: x = block(x, emb)
-            if i<len(self.colours): picture = F.interpolate(picture+self.colours[i](x), scale_factor=2, mode='bilinear')
+            if i<len(self.colours):
+                picture = F.interpolate(picture+self.colours[i](x), scale_factor=2, mode='bilinear')
         if len(self.stages)>1: picture = F.interpolate(picture, scale_factor=2, mode='bilinear')
         return picture+self.head(x)
 
@@ -509,7 +513,9 @@ def make_arm(
 
 # %% ../../nbs/02_gan/01_adversarial.ipynb #c5eec84a
 KINDS = dict( # what a comparison calls a GAN of which kind
-    vanilla=dict(loss='logistic', gamma=0., fake_too=False), r1=dict(loss='logistic', fake_too=False), r3=dict())
+    vanilla=dict(loss='logistic', gamma=0., fake_too=False),
+    r1=dict(loss='logistic', fake_too=False),
+    r3=dict())
 
 # %% ../../nbs/02_gan/01_adversarial.ipynb #6b45ab6b
 def generator_gradient(
@@ -543,14 +549,16 @@ def ahead(
         out['steps'].append(step); out['loss_d'].append(loss)
     state = state_for(gan, dict(lr=1e-3, half_life=1e4))
     look(0, 2*math.log(2))
-    for r in train(state, [Turn('disc', gan.disc_loss, 'disc')], feed(data, tok), images=steps*batch, batch=batch, seed=seed,
+    turn = Turn('disc', gan.disc_loss, 'disc')
+    for r in train(state, [turn], feed(data, tok), images=steps*batch, batch=batch, seed=seed,
                    schedule=lambda f: 1.): look(r.step, r.loss)
     return out
 
 # %% ../../nbs/02_gan/01_adversarial.ipynb #b86b5d98
 # ---- three digits on top of each other: a thousand modes ----
 class Stacked:
-    "A digit each in red, green and blue: which three is the mode (after Metz et al. 2017, arXiv:1611.02163, with our digits)"
+    # after Metz et al. 2017 (arXiv:1611.02163), with our digits
+    "A digit each in red, green and blue: which three is the mode"
     name,shape,attributes,words,size = 'stacked',(3,16,16),{},('three','digits'),3
     splits,source,caption = ('train','test'),'scikit-learn digits, split 4:1 by glyph','three digits'
     def __init__(self): self.digits = Digits()

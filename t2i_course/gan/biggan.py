@@ -31,7 +31,7 @@ def power_step(
 # %% ../../nbs/02_gan/03_biggan.ipynb #63d776d6
 # arXiv:1802.05957, algorithm 1
 class Spectral(nn.Module):
-    "A weight divided by its largest singular value; the direction is remembered, so that one step a call is enough"
+    "A weight divided by its largest singular value; it remembers the direction, so one step a call is enough"
     def __init__(self,
         weight:nn.Parameter, # (o i ...) of a linear layer or a convolution
         eps:float=1e-12,     # smallest divisor
@@ -40,7 +40,8 @@ class Spectral(nn.Module):
         self.eps = eps
         w = weight.detach().flatten(1)
         v = torch.randn_like(w[0])
-        for _ in range(0 if w.is_meta else 15): _,v = power_step(w, v) # the meta device has nothing to look at
+        # the meta device has nothing to look at
+        for _ in range(0 if w.is_meta else 15): _,v = power_step(w, v)
         self.register_buffer('v', v) # saved with the weights: a resumed run goes on with the same guess
     def forward(self,
         weight:Tensor, # (o i ...)
@@ -113,19 +114,21 @@ class UpBlock(nn.Module):
 
 # %% ../../nbs/02_gan/03_biggan.ipynb #e37ab5f9
 class Attention(nn.Module):
-    "Every place looks at all squares of 2 x 2 places, at the largest values in each; starts as the identity (gamma = 0)"
+    "Every place looks at all squares of 2 x 2 places, at the largest values in each; starts as the identity"
     def __init__(self,
         channels:int, # a multiple of 8
     ):
         super().__init__()
         self.theta,self.phi = (SNConv2d(channels, channels//8, 1, bias=False) for _ in range(2))
-        self.g,self.o = SNConv2d(channels, channels//2, 1, bias=False),SNConv2d(channels//2, channels, 1, bias=False)
+        self.g = SNConv2d(channels, channels//2, 1, bias=False)
+        self.o = SNConv2d(channels//2, channels, 1, bias=False)
         self.gamma = nn.Parameter(torch.zeros(()))
     def forward(self,
         x:Tensor, # (b c h w), h and w even
     )->Tensor:    # (b c h w)
         "softmax(query . key) value; no 1/sqrt(d), as in SAGAN"
-        q,k,v = self.theta(x).flatten(2),F.max_pool2d(self.phi(x), 2).flatten(2),F.max_pool2d(self.g(x), 2).flatten(2)
+        q = self.theta(x).flatten(2)
+        k,v = (F.max_pool2d(f(x), 2).flatten(2) for f in (self.phi, self.g))
         weight = torch.einsum('bdn,bdm->bnm', q, k).softmax(-1)
         out = torch.einsum('bnm,bdm->bdn', weight, v).unflatten(2, x.shape[2:])
         return x+self.gamma*self.o(out)
@@ -133,7 +136,7 @@ class Attention(nn.Module):
 # %% ../../nbs/02_gan/03_biggan.ipynb #b0680e6b
 # ---- generator and discriminator ----
 class BigGenerator(nn.Module):
-    "Noise in chunks: the first makes the coarsest grid, the others join the caption in the norms of their block"
+    "Noise in chunks: the first makes the coarsest grid, the others join the caption in their block's norms"
     def __init__(self,
         shape,           # (c, h, w) of a picture
         z_dim:int,       # numbers of noise; a multiple of the number of widths
@@ -156,7 +159,8 @@ class BigGenerator(nn.Module):
         self.blocks = nn.ModuleList(UpBlock(a, b, d_shared+self.chunk, PlainBN if concat else ConditionalBN)
                                     for a,b in zip(widths, widths[1:]))
         sides = [self.bottom[0]<<i for i in range(1, n+1)]
-        self.attention = nn.ModuleDict({str(i):Attention(widths[i+1]) for i,s in enumerate(sides) if s==attention})
+        where = [i for i,s in enumerate(sides) if s==attention]
+        self.attention = nn.ModuleDict({str(i):Attention(widths[i+1]) for i in where})
         self.norm,self.last = nn.BatchNorm2d(widths[-1]),SNConv2d(widths[-1], c*patch**2)
     def forward(self,
         z:Tensor,  # (b z_dim) noise
@@ -190,7 +194,7 @@ class DownBlock(nn.Module):
 # %% ../../nbs/02_gan/03_biggan.ipynb #4b8b775f
 # projection: arXiv:1802.05637, eq. 3
 class BigDiscriminator(nn.Module):
-    "A residual network; how real the picture looks, plus how well its features point where the caption points"
+    "A residual network; how real the picture looks, plus how well its features point where its caption does"
     def __init__(self,
         shape,           # (c, h, w) of a picture
         widths,          # channels after each block; every block but the last halves the size
@@ -202,9 +206,11 @@ class BigDiscriminator(nn.Module):
         super().__init__()
         self.encoder,self.patch = encoder,patch
         ins = (shape[0]*patch**2,*widths[:-1])
-        self.blocks = nn.ModuleList(DownBlock(a, b, i==0, i<len(widths)-1) for i,(a,b) in enumerate(zip(ins, widths)))
+        self.blocks = nn.ModuleList(DownBlock(a, b, i==0, i<len(widths)-1)
+                                    for i,(a,b) in enumerate(zip(ins, widths)))
         sides = [shape[1]//patch>>i for i in range(1, len(widths))]
-        self.attention = nn.ModuleDict({str(i):Attention(widths[i]) for i,s in enumerate(sides) if s==attention})
+        where = [i for i,s in enumerate(sides) if s==attention]
+        self.attention = nn.ModuleDict({str(i):Attention(widths[i]) for i in where})
         self.real,self.match = SNLinear(widths[-1], 1),SNLinear(d_text, widths[-1], bias=False)
     def features(self,
         x:Tensor, # (b c h w)
@@ -243,9 +249,9 @@ def published(
     n_classes:int=1000, # of ImageNet
 )->tuple:               # generator, discriminator
     "BigGAN for 128 x 128 pixels; make it on the meta device to count without memory"
-    shape = (3,128,128)
-    return (BigGenerator(shape, 120, [ch*k for k in (16,16,8,4,2,1)], OneHot(n_classes), n_classes, 128, attention=64),
-            BigDiscriminator(shape, [ch*k for k in (1,2,4,8,16,16)], OneHot(n_classes), n_classes, attention=64))
+    shape,hot = (3,128,128),OneHot(n_classes)
+    return (BigGenerator(shape, 120, [ch*k for k in (16,16,8,4,2,1)], hot, n_classes, 128, attention=64),
+            BigDiscriminator(shape, [ch*k for k in (1,2,4,8,16,16)], hot, n_classes, attention=64))
 
 # %% ../../nbs/02_gan/03_biggan.ipynb #fc59a65b
 # ---- truncation ----
@@ -254,7 +260,7 @@ def truncated(
     z:Tensor,        # (...) standard normal numbers
     threshold:float, # no number is further from 0 than this; 0 leaves only zeros
 )->Tensor:           # (...) standard normal numbers under the condition that none exceeds the threshold
-    "Through the distribution function and back: what drawing again until it fits would give, without drawing again"
+    "Through the distribution function and back: as if drawn again until it fits, without drawing again"
     edge = math.erf(threshold/2**.5)
     out = 2**.5*torch.erfinv(edge*torch.erf(z.double()/2**.5))
     return out.clamp(-threshold, threshold).to(z.dtype)
@@ -264,7 +270,7 @@ def truncated(
 def off_diagonal(
     w:Tensor, # (o i ...) a weight
 )->Tensor:    # one number
-    "|| W W^T o (1 - I) ||^2: rows (filters) should be at right angles, of any length; |W W^T| = |W^T W|, one is small"
+    "|| W W^T o (1 - I) ||^2: rows (filters) should be at right angles; |W W^T| = |W^T W|, one is small"
     w = w.flatten(1)
     g = w@w.T if len(w)<=w.shape[1] else w.T@w
     return g.square().sum()-w.square().sum(1).square().sum()
@@ -383,7 +389,7 @@ def spectrum(
     n:int,         # pictures
     seed:int=0,    # handed to draw
 )->dict:
-    "Quality and variety of drawings, and of real pictures: FD, obedience, how sure the judge is, spread in a class"
+    "Quality and variety of drawings: FD, obedience, how sure the judge is, spread in a class"
     r = reference(data, judge, at_most(data, n))
     labels = torch.arange(n)%len(data.sayings)
     x = draw([data.sayings[i] for i in labels], seed).clamp(-1, 1)

@@ -30,8 +30,10 @@ class Tinted(Labelled):
     "The digits of the course in a colour, on black or dark blue: 16x16, and every caption names all three"
     def __init__(self):
         self.own = Digits()
-        self.name,self.shape,self.splits,self.source = 'tinted',(3,16,16),self.own.splits,self.own.source+', in colour'
-        self.labels,self.attributes = self.own.labels,dict(digit=tuple(NUMBERS), ink=('red','green','yellow'), paper=tuple(GROUNDS))
+        self.name,self.shape = 'tinted',(3,16,16)
+        self.splits,self.source = self.own.splits,self.own.source+', in colour'
+        self.labels = self.own.labels
+        self.attributes = dict(digit=tuple(NUMBERS), ink=('red','green','yellow'), paper=tuple(GROUNDS))
         self.words = ('a', 'on', *(w for vs in self.attributes.values() for w in vs))
         self.size = n_tokens('a red seven on blue')
     def batch(self,
@@ -45,8 +47,10 @@ class Tinted(Labelled):
         x = torch.lerp(paper[:,:,None,None], ink[:,:,None,None], (b.x+1)/2)
         return Batch(x, self.captions(a), a, {k:torch.ones(len(x), dtype=torch.bool) for k in a})
     def captions(self, attrs, named=None):
-        return [f'a {i} {d} on {p}' for d,i,p in zip(*([vs[j] for j in attrs[k].tolist()] for k,vs in self.attributes.items()))]
-    def demands(self, caption): return {k:vs.index(w) for w in caption.split() for k,vs in self.attributes.items() if w in vs}
+        said = ([vs[j] for j in attrs[k].tolist()] for k,vs in self.attributes.items())
+        return [f'a {i} {d} on {p}' for d,i,p in zip(*said)]
+    def demands(self, caption):
+        return {k:vs.index(w) for w in caption.split() for k,vs in self.attributes.items() if w in vs}
 
 # %% ../../nbs/02_gan/02_stylegan2.ipynb #37446e06
 # ---- layers ----
@@ -110,15 +114,17 @@ def modulated_conv(
     demodulate:bool=True, # bring every output channel back to unit size
     fused:bool=False,     # one grouped convolution with a weight of its own for each sample
 )->Tensor:         # (b o h w)
-    "Convolve each sample with weight * style, normalised; scaling x before and after is the same and faster on a CPU"
+    "Convolve each sample with weight * style, normalised; to scale x before and after is the same and faster"
     b,k = len(x),weight.shape[-1]
-    size = (style.square()@weight.square().sum((2,3)).T+1e-8).rsqrt() if demodulate else None # (b o), without any picture
+    # (b o), without any picture
+    size = (style.square()@weight.square().sum((2,3)).T+1e-8).rsqrt() if demodulate else None
     if not fused:
         x = F.conv2d(x*style[:,:,None,None], weight, padding=k//2)
         return x*size[:,:,None,None] if demodulate else x
     w = weight*style[:,None,:,None,None]
     if demodulate: w = w*size[:,:,None,None,None]
-    return F.conv2d(x.reshape(1, -1, *x.shape[2:]), w.flatten(0, 1), padding=k//2, groups=b).view(b, -1, *x.shape[2:])
+    x = x.reshape(1, -1, *x.shape[2:])
+    return F.conv2d(x, w.flatten(0, 1), padding=k//2, groups=b).view(b, -1, *x.shape[2:])
 
 # %% ../../nbs/02_gan/02_stylegan2.ipynb #7ee5839a
 def larger(
@@ -167,7 +173,8 @@ class ToRGB(nn.Module):
         self.weight = nn.Parameter(torch.randn(channels, i, 1, 1).repeat_interleave(patch**2, 0))
         self.bias = nn.Parameter(torch.zeros(o))
     def forward(self, x, w):
-        x = modulated_conv(x, self.weight, self.style(w)/x.shape[1]**.5, demodulate=False)+self.bias[:,None,None]
+        x = modulated_conv(x, self.weight, self.style(w)/x.shape[1]**.5, demodulate=False)
+        x = x+self.bias[:,None,None]
         return F.pixel_shuffle(x, self.patch)
 
 # %% ../../nbs/02_gan/02_stylegan2.ipynb #64d5f868
@@ -191,7 +198,7 @@ class Synthesis(nn.Module):
         shape,        # (c h w) of the picture
         widths,       # channels, coarsest resolution first
         w_dim:int,    # numbers of w
-        patch:int=1,  # pixels on a side that one place of a grid draws; with 2 the finest grid has a quarter of the places
+        patch:int=1,  # side in pixels of what one place of a grid draws; with 2 the finest grid is half as wide
     ):
         super().__init__()
         c,*size = shape
@@ -303,7 +310,8 @@ class ScaledConv(nn.Module):
         bias:bool=True,
     ):
         super().__init__()
-        self.weight,self.bias = nn.Parameter(torch.randn(o, i, size, size)),nn.Parameter(torch.zeros(o)) if bias else None
+        self.weight = nn.Parameter(torch.randn(o, i, size, size))
+        self.bias = nn.Parameter(torch.zeros(o)) if bias else None
         self.gain,self.pad = 1/(i*size**2)**.5,size//2
     def forward(self, x): return F.conv2d(x, self.weight*self.gain, self.bias, padding=self.pad)
 
@@ -355,7 +363,8 @@ class StyleDiscriminator(nn.Module):
         (c,h,w),n = shape,len(widths)
         h,w = h//patch,w//patch
         self.encoder,self.group,self.patch,self.depth = encoder,group,patch,None
-        self.doors = nn.ModuleDict({str(k):ScaledConv(c*patch**2, widths[k], 1) for k in range(n) if grows or k==n-1})
+        self.doors = nn.ModuleDict({str(k):ScaledConv(c*patch**2, widths[k], 1)
+                                    for k in range(n) if grows or k==n-1})
         self.blocks = nn.ModuleList(ResBlock(i, o) for i,o in zip(widths[1:], widths))
         self.conv = ScaledConv(widths[0]+bool(group), widths[0])
         self.body = Scaled(widths[0]*(h>>(n-1))*(w>>(n-1)), widths[0])
@@ -363,7 +372,8 @@ class StyleDiscriminator(nn.Module):
         self.match = Scaled(c_dim, widths[0]) if c_dim else None
     def enter(self, x, k):
         "A picture becomes channels of grid k"
-        return leaky(self.doors[str(k)](F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)))
+        x = F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)
+        return leaky(self.doors[str(k)](x))
     def forward(self,
         x:Tensor,       # (b c h w)
         cond:Cond=None, # (b)
@@ -409,7 +419,7 @@ def path_lengths(
 
 # %% ../../nbs/02_gan/02_stylegan2.ipynb #a6d98a43
 class StyleGAN(GAN):
-    "The same game, with style mixing, a running mean of w, and path length regularisation as a turn of its own"
+    "The same game with style mixing, a running mean of w, and a turn of path length regularisation"
     def __init__(self,
         gen,                    # a StyleGenerator
         disc,                   # disc(x, cond) -> (b) logits
@@ -418,7 +428,7 @@ class StyleGAN(GAN):
         path_decay:float=.01,   # how fast the running mean of the lengths follows
         mixing:float=.9,        # share of the drawings with two z
         w_decay:float=.005,     # how fast the running mean of w follows
-        mismatch:float=0.,      # weight of real pictures with the caption of a neighbour, as a second kind of fake
+        mismatch:float=0.,      # weight of real pictures with a neighbour's caption, as a second kind of fake
         lr=(2e-3,2e-3),         # learning rates of generator and discriminator
         betas=(0.,.99),         # of Adam
         **how,                  # d_loss, g_loss, gamma, every, fake_too: see `GAN`
@@ -443,7 +453,8 @@ class StyleGAN(GAN):
         return Latents(draws.normal('z', self.z_dim), draws.normal('z2', self.z_dim), cut, s.noise(draws))
 
     def disc_loss(self, x0, cond, draws):
-        "As in `GAN`; real pictures with a wrong caption teach the discriminator to read (arXiv:1605.05396, algorithm 1)"
+        # wrong captions: arXiv:1605.05396, algorithm 1
+        "As in `GAN`; real pictures with a wrong caption teach the discriminator to read"
         loss = super().disc_loss(x0, cond, draws)
         if not self.mismatch: return loss
         wrong = cond.map(lambda v: v.roll(1, 0))
@@ -452,7 +463,8 @@ class StyleGAN(GAN):
     def gen_loss(self, x0, cond, draws):
         "The generator's turn also moves the running mean of w"
         gen = self.net['gen']
-        with torch.no_grad(): gen.w_mean.lerp_(gen.w(draws.normal('z', self.z_dim), cond).float().mean(0), self.w_decay)
+        with torch.no_grad():
+            gen.w_mean.lerp_(gen.w(draws.normal('z', self.z_dim), cond).float().mean(0), self.w_decay)
         return super().gen_loss(x0, cond, draws)
 
     def path_loss(self, x0, cond, draws):
@@ -477,7 +489,9 @@ class StyleGAN(GAN):
             gen.eval()
             try:
                 w = gen.w(draws.normal('z', self.z_dim), cond)
-                if psi!=1: w = torch.lerp(gen.centre(cond) if config.get('centre')=='caption' else gen.w_mean.expand_as(w), w, psi)
+                if psi!=1:
+                    middle = gen.centre(cond) if config.get('centre')=='caption' else gen.w_mean.expand_as(w)
+                    w = torch.lerp(middle, w, psi)
                 return gen.synthesis(gen.spread(w), gen.synthesis.noise(draws))
             finally: gen.train(was)
         return drawn_from(paint, tok, next(gen.parameters()).device)
@@ -491,7 +505,7 @@ def growth(
     first:int=1,   # resolutions at the start
     steady:float=.6, # share of a stage without fading
 ):                 # draws -> depth
-    "Resolutions in use, from the number of pictures seen alone: a new one fades in, then all learn together, and again"
+    "Resolutions in use, from the number of pictures seen: one fades in, then all learn together, and again"
     stages = n-first+1
     def depth(draws:Draws)->float:
         at = min(draws.index[0].item()/images, 1.)*stages
@@ -632,7 +646,8 @@ def followers(
     first,then = (tok(v.captions).to(gen.w_mean.device) for v in (a, b))
     out = {k:[] for k in data.attributes}
     for cut in range(gen.synthesis.n_ws+1):
-        shown = read_tinted(judge, data, swapped(gen, first, then, cut, Draws(seed, draws.index, gen.w_mean.device)))
+        x = swapped(gen, first, then, cut, Draws(seed, draws.index, gen.w_mean.device))
+        shown = read_tinted(judge, data, x)
         for k in out:
             differ = a.attrs[k]!=b.attrs[k]
             out[k].append((shown[k]==b.attrs[k])[differ].double().mean().item())

@@ -155,7 +155,8 @@ class AdaptiveConv(nn.Module):
         "One kernel a picture, all pictures in one call: each is a group of its own"
         b,c,h,w = x.shape
         kernel = torch.einsum('bk,koihw->boihw', self.choose(emb).softmax(1), self.kernels)
-        return F.conv2d(x.reshape(1, b*c, h, w), kernel.reshape(b*c, c, 3, 3), padding=1, groups=b).view(b, c, h, w)
+        x = F.conv2d(x.reshape(1, b*c, h, w), kernel.reshape(b*c, c, 3, 3), padding=1, groups=b)
+        return x.view(b, c, h, w)
 
 # %% ../../nbs/02_gan/04_text_gan.ipynb #91b65efa
 # ---- the discriminator: real, and of this caption? ----
@@ -170,7 +171,7 @@ def word_scores(
     (b,n,d),(k,l,_) = regions.shape,words.shape
     alike = (regions.reshape(-1, d)@words.reshape(-1, d).T).view(b, n, k*l)
     share = (sharp*alike).softmax(1)
-    # the found vector is share^T regions: its product with the word and its own length need no further vectors
+    # the found vector is share^T regions: its product with the word and its length need no further vectors
     length = ((regions@regions.mT)@share*share).sum(1).clamp_min(1e-6).sqrt()
     found = ((share*alike).sum(1)/length).view(b, k, l)
     return (found*mask).sum(2)/mask.sum(1)
@@ -187,7 +188,7 @@ def contrast(
 
 # %% ../../nbs/02_gan/04_text_gan.ipynb #9ae11f25
 class TextDiscriminator(nn.Module):
-    "One look at a picture, three questions: is it real, does it fit its caption, which of these captions is its own?"
+    "One look, three questions: is it real, does it fit its caption, which of these captions is its own?"
     def __init__(self,
         shape,             # (c h w) of a picture
         dim:int=64,        # width of a word's vector
@@ -240,7 +241,7 @@ class TextDiscriminator(nn.Module):
 APART = .25 # two real pictures of one full caption of painted digits differ by about 0.3 (root mean square)
 
 class TextGAN(GAN):
-    "Real or drawn, right or wrong caption, whose caption: the three losses of a text GAN on one look of the discriminator"
+    "Real or drawn, right or wrong caption, whose caption: the three losses of a text GAN on one look"
     def __init__(self,
         gen,                   # a Sketched generator
         disc,                  # a TextDiscriminator
@@ -289,7 +290,7 @@ class TextGAN(GAN):
     def unread(self, f, draws):
         "How far off the discriminator's reading of z is"
         return (self.net['disc'].code(f)-self.noise(draws)).float().square().mean(1)
-    # arXiv:1903.05628 divides the distance of the pictures by that of the z; here it only has to reach `APART`
+    # arXiv:1903.05628 divides the pictures' distance by that of the z; here it only has to reach `APART`
     def alike(self, x, y):
         "1 when two drawings of one caption are the same, 0 from a root mean square difference of APART on"
         return F.relu(1-(x-y).square().flatten(1).mean(1).add(1e-6).sqrt()/APART)
@@ -302,7 +303,8 @@ class TextGAN(GAN):
         loss = self.g_loss(d_real, disc.logit(f, told))
         if self.info: loss = loss+self.info*self.unread(f, draws)
         if self.seek: # every second picture once more, with another z
-            loss = loss+self.seek*self.alike(fake[::2], self.net['gen'](draws.normal('other z', self.z_dim)[::2], cond[::2])).mean()
+            other = self.net['gen'](draws.normal('other z', self.z_dim)[::2], cond[::2])
+            loss = loss+self.seek*self.alike(fake[::2], other).mean()
         return loss+self.guide*self.contrasts(f, regions, told) if self.guide and self.matching else loss
 
 # %% ../../nbs/02_gan/04_text_gan.ipynb #6d22eff5
@@ -341,7 +343,8 @@ class StackGAN(TextGAN):
     def loss(self)->list: # Turns
         "The turns of the first on pictures of half the side, then those of the second"
         small = lambda f: lambda x0, cond, draws: f(F.avg_pool2d(x0, 2), cond, draws)
-        one = [t._replace(name=f'{t.name} 1', loss=small(t.loss), part=self.where[t.part], until=t.until*self.share)
+        one = [t._replace(name=f'{t.name} 1', loss=small(t.loss), part=self.where[t.part],
+                          until=t.until*self.share)
                for t in self.first.loss]
         two = [t._replace(since=self.share) for t in super().loss]
         return one+[two[0]._replace(begin=settle('gen.base.gen'))]+two[1:]
