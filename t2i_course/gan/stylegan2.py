@@ -198,7 +198,7 @@ class Synthesis(nn.Module):
         shape,        # (c h w) of the picture
         widths,       # channels, coarsest resolution first
         w_dim:int,    # numbers of w
-        patch:int=1,  # side in pixels of what one place of a grid draws; with 2 the finest grid is half as wide
+        patch:int=1,  # pixels a side that one place of a grid draws; with 2 the finest grid is half as wide
     ):
         super().__init__()
         c,*size = shape
