@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from t2i_course.core.conditioning import (PAD, START, UNKNOWN, Block, Cond, Conditioned, LabelEmbedder,
                                           TextEncoder, WordBag, WordTokenizer, attend, caption_encoder, cat, raw_cond)
-from t2i_course.core.data import Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 
 WORDS = load('painted').words
 

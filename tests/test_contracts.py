@@ -10,7 +10,7 @@ from torch import nn
 from t2i_course.core.conditioning import WordTokenizer
 from t2i_course.core.contracts import (Codec, Config, Defaults, Identity, Model, Process, Tokenizer, from_json, of_data,
                                        set_fields, to_json)
-from t2i_course.core.data import load
+from t2i_course.core.sources import load
 from t2i_course.core.files import CourseError
 from t2i_course.diffusion.ddpm import VP, linear_betas
 
