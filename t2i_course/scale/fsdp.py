@@ -159,7 +159,7 @@ def held(
 # ---- checkpoints that fit any number of processes ----
 def _parts(state)->dict:
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
-    out = dict(net=get_model_state_dict(state.net))
+    out = dict(net={k:v for k,v in get_model_state_dict(state.net).items() if k not in state.frozen})
     if state.ema is not None: out['ema'] = dict(state.ema.shadow)
     return out|{f'opt:{k}':get_optimizer_state_dict(state.net, o) for k,o in state.opts.items()}
 
