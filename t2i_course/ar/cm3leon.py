@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.conditioning import Cond, PAD, WordTokenizer, drawn_from
-from ..core.data import Draws, HELD_OUT, Painted, load, origin
+from ..core.data import Draws, HELD_OUT, Painted
+from ..core.sources import load, origin
 from ..core.ema import settle, train_arm
 from ..core.metrics import evaluate, judge_for, reference
 from ..core.training import has_bf16

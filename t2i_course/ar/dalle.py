@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.conditioning import Block, Cond, PAD, TextEncoder, WordTokenizer, cat, drawn_from
-from ..core.data import Draws, load
+from ..core.data import Draws
+from ..core.sources import load
 from ..core.ema import settle, train_arm
 from ..core.metrics import at_most, evaluate, load_judge, reference
 from ..core.training import Turn, has_bf16, pick_device

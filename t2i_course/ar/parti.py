@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.conditioning import Cond, TextEncoder, WordTokenizer
-from ..core.data import Draws, load
+from ..core.data import Draws
+from ..core.sources import load
 from ..core.ema import EMA, train_arm
 from ..core.metrics import evaluate, judge_for, reference
 from ..core.training import State, has_bf16, train

@@ -12,7 +12,8 @@ from functools import partial
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from ..codec.vae import lookalikes
-from ..core.data import Draws, load
+from ..core.data import Draws
+from ..core.sources import load
 from ..core.ema import train_arm
 from ..core.metrics import evaluate, load_judge
 from ..core.plots import COLOURS, DPI, Figure, canvas

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.func import functional_call, stack_module_state, vmap
 from torch.overrides import TorchFunctionMode
-from ..core.data import Draws, glyph_split, glyphs, load
+from ..core.data import Draws, glyph_split, glyphs
+from ..core.sources import load
 from ..core.ema import train_arm
 from ..core.metrics import evaluate, load_judge, reference
 from ..core.training import State, feed, has_bf16, pick_device, train

@@ -13,7 +13,8 @@ from t2i_course.codec.vae import (
     recipe_for,
     reparameterise,
 )
-from t2i_course.core.data import Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.core.metrics import at_most, evaluate, load_judge, obedience, reference, train_judge
 from t2i_course.core.training import has_bf16, pick_device
 from torch import Tensor

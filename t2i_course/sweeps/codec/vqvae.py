@@ -4,7 +4,8 @@ import time
 from functools import cache, lru_cache, partial
 import torch
 from t2i_course.codec.vqvae import Blocked, fit, inspect, recipe_for
-from t2i_course.core.data import Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.core.metrics import at_most, evaluate, judge_for, reference
 from t2i_course.core.training import has_bf16, pick_device
 

@@ -7,7 +7,7 @@ import torch
 from t2i_course.codec.vqvae import VQVAE
 from t2i_course.codec.vqvae2 import CodesModel, make_codec, measure, recipe_for, said_where
 from t2i_course.core.conditioning import WordTokenizer
-from t2i_course.core.data import load
+from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
 from t2i_course.core.metrics import at_most, evaluate, judge_for, reference
 from t2i_course.core.training import has_bf16, pick_device

@@ -3,7 +3,9 @@
 import math
 from functools import partial
 import torch
-from t2i_course.core.data import CourseError, Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.files import CourseError
+from t2i_course.core.sources import load
 from t2i_course.core.ema import state_for
 from t2i_course.core.metrics import at_most, evaluate, load_judge, reference
 from t2i_course.core.training import feed, has_bf16, pick_device, train

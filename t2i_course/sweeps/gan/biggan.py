@@ -2,7 +2,7 @@
 
 import time
 from functools import lru_cache, partial
-from t2i_course.core.data import load
+from t2i_course.core.sources import load
 from t2i_course.core.ema import state_for, train_arm
 from t2i_course.core.metrics import at_most, evaluate, load_judge, reference
 from t2i_course.core.training import feed, has_bf16, pick_device, train

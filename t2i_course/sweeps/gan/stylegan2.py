@@ -4,7 +4,8 @@ import time
 from functools import lru_cache, partial
 import torch
 from t2i_course.core.conditioning import Cond
-from t2i_course.core.data import Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
 from t2i_course.core.metrics import at_most, evaluate, frechet, load_judge, reference
 from t2i_course.core.training import has_bf16, pick_device

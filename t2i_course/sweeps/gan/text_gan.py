@@ -3,7 +3,8 @@
 import time
 from functools import lru_cache, partial
 import torch
-from t2i_course.core.data import Draws, Painted, load
+from t2i_course.core.data import Draws, Painted
+from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
 from t2i_course.core.metrics import at_most, evaluate, judge_for, reference
 from t2i_course.core.training import has_bf16, pick_device
