@@ -4,21 +4,16 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'HEAD', 'tensor_bytes', 'kept_bytes', 'training_memory', 'drawing_flops', 'variety', 'entries', 'lines',
-           'text_table', 'figure', 'diffusion_arm', 'experiments']
+           'text_table', 'figure']
 
 # %% ../../nbs/13_capstone/01_report_card.ipynb #a10e99eb
 import statistics
-from functools import partial
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from ..codec.vae import lookalikes
-from ..core.data import Draws, load
-from ..core.ema import train_arm
-from ..core.metrics import evaluate, load_judge
+from ..core.data import Draws
 from ..core.plots import COLOURS, DPI, Figure, canvas
-from ..core.training import Turn, has_bf16, pick_device
-from ..diffusion.ddpm import build, drawer, recipe, times, x0
-from ..gan.adversarial import SETTINGS, SWEEP, Stacked, modes_of
+from ..core.training import Turn
 from ..gan.biggan import within_classes
 
 # %% ../../nbs/13_capstone/01_report_card.ipynb #b849f201
@@ -148,45 +143,3 @@ def figure(
         a.grid(alpha=.3)
     names = '; '.join(f"{e['name']} obeys {100*e['obeys'][0]:.0f}% at {e['floors'][0]:.1f} floors" for e in rows)
     return Figure(fig, f'Two scatter plots of the paradigms. {names}')
-
-# %% ../../nbs/13_capstone/01_report_card.ipynb #9ddb93cf
-# ---- diffusion where the adversarial chapter measures GANs ----
-def diffusion_arm(
-    data,            # captioned digits
-    scale:str,       # smoke, demo or full
-    images:int,      # training pictures
-    seed:int,        # of weights, data and noise
-    precision:str,   # fp32 or bf16
-    factor:float=1., # on the recipe's learning rate
-    beta:float=.9,   # Adam's beta_1
-    w:float=1.,      # guidance
-)->object:           # draw(captions, seed) -> (n c h w)
-    "A DDPM that guesses the clean picture, trained on as many pictures as each of the GANs it is compared with"
-    config = recipe(data.shape[0], data.words, data.size, scale)
-    config |= dict(n_layers=0, lr=factor*config['lr'], betas=(beta,.95), half_life=images/10)
-    torch.manual_seed(seed)
-    tok,den = build(config)
-    den.target = x0
-    train_arm(den, tok, data, config, images, seed, precision)
-    return drawer(den, tok, data.shape, times(config, 25), w)
-
-# %% ../../nbs/13_capstone/01_report_card.ipynb #efa36e5e
-def experiments(
-    scale:str='demo', # smoke, demo or full
-    seeds=(0,1),      # of weights, data and noise
-):                    # yields ('key.path', make), and make() gives the value
-    "Modes of stacked digits, and five settings, for diffusion: what `t2i run adversarial` measures for two GANs"
-    s,judge,precision = SWEEP[scale],load_judge('digits'),'bf16' if has_bf16(pick_device()) else 'fp32'
-    stacked,digits = Stacked(),load('digits')
-    def modes(seed):
-        draw = diffusion_arm(stacked, scale, s['images'], seed, precision)
-        return len(modes_of(draw([stacked.caption]*s['stacked'], seed).clamp(-1, 1), judge).unique())
-    def setting(factor, beta, seed):
-        draw = diffusion_arm(digits, scale, s['few'], seed, precision, factor, beta, w=2.)
-        row = evaluate(draw, digits, judge, s['n'], seed, 0)
-        return dict(factor=factor, beta=beta, fd=row['fd'], recall=row['recall'], obedience_all=row['obedience']['all'])
-    yield 'diffusion.setting',lambda: dict(images=s['images'], few=s['few'], stacked=s['stacked'], n=s['n'], precision=precision)
-    for seed in seeds:
-        yield f'diffusion.modes.seed{seed}',partial(modes, seed)
-        for i,(factor,beta) in enumerate(SETTINGS[:s['settings']]):
-            yield f'diffusion.settings.{i}.seed{seed}',partial(setting, factor, beta, seed)

@@ -6,7 +6,7 @@
 __all__ = ['PEAKS', 'PRICES', 'STORES', 'TOLD', 'PRESETS', 'Kept', 'kept', 'count', 'n_params', 'of_recipe', 'memory',
            'allocated', 'most', 'macs', 'hours', 'cost', 'measured_peak', 'of_published', 'stored', 'restored',
            'make_shard', 'prepare', 'is_shards', 'epoch_groups', 'mixed', 'numbers', 'Shards', 'Whole', 'command',
-           'slurm', 'preset_row', 'experiments']
+           'slurm', 'preset_row']
 
 # %% ../../nbs/12_scale/04_recipes.ipynb #6781b354
 import contextlib, hashlib, io, json, os, time
@@ -644,19 +644,3 @@ def preset_row(
     peak = memory(c, config['batch'], preset['gpus'], preset['shard'], 'bf16')['peak']
     return dict(recipe=preset['recipe'], data=preset['data'], batch=config['batch'], lr=config['lr'], images=preset['images'],
                 hardware=f"{preset['gpus']} x {gpu}", params=n_params(c), macs=m, memory=peak, hours=h, dollars=cost(h, preset['gpus']))
-
-# %% ../../nbs/12_scale/04_recipes.ipynb #1c0aa139
-def experiments(
-    scale:str='demo', # smoke, demo or full
-    seeds=(0,1),      # unused: counting has no luck in it
-):                    # yields ('key.path', make), and make() gives the value
-    "Sizes of the published networks, counted with fake tensors: parameters, multiply-adds, memory of a training step"
-    def published(name):
-        make,call = of_published(name)
-        c = count(make, call, ('bf16',))
-        found = dict(params=n_params(c), macs=macs(make, call), kept=c['bf16'])
-        for shard,world,ckpt in (('none',1,False), ('none',1,True), ('fsdp',8,True), ('fsdp',64,True)):
-            found[f'{shard}.{world}.{"checkpointed" if ckpt else "kept"}'] = memory(c, world, world, shard, 'bf16', ckpt)
-        return found
-    yield 'setting',lambda: dict(peaks=PEAKS, prices=list(PRICES), precision='bf16')
-    for name in ('sd15',) if scale=='smoke' else ('sd15','sdxl','sd3','flux'): yield f'published.{name}',partial(published, name)
