@@ -20,12 +20,13 @@ from .dalle import Cache, CausalBlock, make_codec
 
 # %% ../../nbs/07_ar/04_cm3leon.ipynb #df4399cc
 # ---- documents ----
-TASKS = ('draw','recolour','read') # caption -> picture; picture and instruction -> picture; picture -> caption
+# caption -> picture; picture and instruction -> picture; picture -> caption
+TASKS = ('draw','recolour','read')
 
 DRAW,RECOLOUR,READ = range(3)
 
 class Layout:
-    "Where everything stands in a document: examples, task, text, source picture, answer; slots that are not used hold PAD"
+    "What stands where in a document: examples, task, text, source picture, answer; unused slots hold PAD"
     def __init__(self,
         n_words:int,   # size of the vocabulary
         n_codes:int,   # size of the codebook
@@ -35,7 +36,8 @@ class Layout:
     ):
         self.n_words,self.n_codes,self.n_text,self.n_examples = n_words,n_codes,n_text,n_examples
         self.grid,self.n_image = tuple(grid),grid[0]*grid[1]
-        self.first_task,self.first_code = n_words,n_words+len(TASKS) # one vocabulary for words, tasks and codes
+        # one vocabulary for words, tasks and codes
+        self.first_task,self.first_code = n_words,n_words+len(TASKS)
         self.size = self.first_code+n_codes
         self.start = n_examples*(n_text+self.n_image) # of the task token
         self.answer = self.start+1+n_text+self.n_image # of the answer
@@ -72,9 +74,11 @@ class DocumentModel(nn.Module):
     ):
         super().__init__()
         self.layout = layout
-        self.tokens,self.place = nn.Embedding(layout.size, dim),nn.Parameter(torch.randn(layout.length, dim)*.02)
+        self.tokens = nn.Embedding(layout.size, dim)
+        self.place = nn.Parameter(torch.randn(layout.length, dim)*.02)
         nn.init.normal_(self.tokens.weight, std=.02)
-        self.blocks,self.norm = nn.ModuleList(CausalBlock(dim, n_heads) for _ in range(n_layers)),nn.LayerNorm(dim)
+        self.blocks = nn.ModuleList(CausalBlock(dim, n_heads) for _ in range(n_layers))
+        self.norm = nn.LayerNorm(dim)
     def forward(self,
         ids:Tensor,       # (b n) tokens of places start .. start+n-1
         seen:Tensor=None, # (b start) tokens before them, whose keys and values the cache holds
@@ -180,7 +184,8 @@ class Recoloured(Painted):
     def attrs(self, split, draws):
         g,a = super().attrs(split, draws)
         ok = torch.ones(len(g), len(self.attributes['ink']))
-        if split=='train': ok = ok-unseen_pairs()[a['digit']].float() # no pair that is held out may be trained on
+        # no pair that is held out may be trained on
+        if split=='train': ok = ok-unseen_pairs()[a['digit']].float()
         ok.scatter_(1, a['ink'][:,None], 0.)
         cut = ok.cumsum(1)/ok.sum(1, keepdim=True)
         return g,a|dict(ink=(draws.uniform('new ink')[:,None].cpu()>=cut).sum(1).clamp(max=ok.shape[1]-1))
@@ -251,14 +256,16 @@ class CM3Leon(TwoStage):
             goal[reads] = F.pad(cond.ids[reads], (0, goal.shape[1]-lay.n_text), value=PAD)
         if len(paints): # the plain picture is the source, its repainted twin the answer
             part = Draws(draws.seed, draws.index[paints].cpu())
-            if hasattr(self.data, 'drawn'): part = self.data.drawn(part) # from shards pictures come in another order
+            # from shards pictures come in another order
+            if hasattr(self.data, 'drawn'): part = self.data.drawn(part)
             twin = self.repaint.batch('train', part)
             inks = [self.data.attributes['ink'][i] for i in twin.attrs['ink'].tolist()]
             text[paints] = self.tok([instruction(i) for i in inks]).ids.to(text.device)
             source[paints] = codes[paints]
             goal[paints,:lay.n_image] = self.codec.codes(twin.x.to(x0.device)).flatten(1)+lay.first_code
         found,theirs = self.examples(told, draws, torch.where(task==DRAW, count, 0))
-        size = torch.where(task==READ, (goal!=PAD).sum(1)+1, lay.n_image).clamp(max=goal.shape[1]) # a caption ends with one PAD
+        # a caption ends with one PAD
+        size = torch.where(task==READ, (goal!=PAD).sum(1)+1, lay.n_image).clamp(max=goal.shape[1])
         return lay.context(task, text, source, found, theirs),goal,size
     def prior_loss(self, x0, cond, draws):
         "Cross-entropy of the answer, a mean over its tokens"
@@ -277,7 +284,8 @@ class CM3Leon(TwoStage):
         lay,b = self.model.layout,len(cond)
         task,none = cond.ids.new_full((b,), DRAW),cond.ids.new_full((b, lay.n_image), -1)
         empty = self.null.ids.to(cond.ids.device).expand(b, -1)
-        found,theirs = self.examples(cond.ids, draws, examples*(cond.ids!=empty).any(1)) # an empty caption is like no other
+        # an empty caption is like no other
+        found,theirs = self.examples(cond.ids, draws, examples*(cond.ids!=empty).any(1))
         return lay.context(task, cond.ids, none, found, theirs),lay.context(task, empty, none)
     def draw_codes(self,
         cond:Cond,            # (b) captions
@@ -287,7 +295,8 @@ class CM3Leon(TwoStage):
         guidance:float=1.,    # 1 = none
     )->Tensor:                # (b h w) int64
         told,empty = self.contexts(cond, draws, examples)
-        return answer(self.model, told, 'codes', draws, temperature, guidance, empty).view(-1, *self.model.layout.grid)
+        codes = answer(self.model, told, 'codes', draws, temperature, guidance, empty)
+        return codes.view(-1, *self.model.layout.grid)
     @torch.no_grad()
     def nll(self,
         x:Tensor,       # (b c h w) pictures
@@ -323,7 +332,8 @@ class CM3Leon(TwoStage):
         text = torch.full((len(x), lay.n_text), PAD, device=x.device)
         context = lay.context(text.new_full((len(x),), READ), text, self.codec.codes(x).flatten(1))
         out = answer(self.model, context, 'words', draws, temperature)
-        def words(ids): return ' '.join(self.tok.words[i-3] for i in ids[:ids.index(PAD) if PAD in ids else None] if i>=3)
+        def words(ids):
+            return ' '.join(self.tok.words[i-3] for i in ids[:ids.index(PAD) if PAD in ids else None] if i>=3)
         return [words(ids) for ids in out.tolist()]
 
     def painter(self, tok, config):
@@ -331,7 +341,8 @@ class CM3Leon(TwoStage):
         def paint(cond, draws):
             was = self.net.training
             self.net.eval()
-            codes = self.draw_codes(cond, draws, config['examples'], config['temperature'], config['guidance'])
+            codes = self.draw_codes(cond, draws, config['examples'], config['temperature'],
+                                    config['guidance'])
             x = self.codec.decode_codes(codes)
             self.net.train(was)
             return x
@@ -341,10 +352,12 @@ class CM3Leon(TwoStage):
 # ---- the recipe ----
 PICTURES = True # it trains on pictures, not on latents
 
-SIZES = dict(smoke=dict(codec_widths=(16,16,24), codec_depth=1, n_codes=32, code_dim=8, dim=32, n_layers=2, n_heads=2, batch=16, memory=200),
-             demo=dict(codec_widths=(32,64,96), codec_depth=1, n_codes=128, code_dim=8, dim=128, n_layers=3, n_heads=4, batch=32, memory=3000),
-             full=dict(codec_widths=(128,192,256), codec_depth=2, n_codes=512, code_dim=16, dim=512, n_layers=12, n_heads=8, batch=256,
-                       memory=100_000))
+SIZES = dict(smoke=dict(codec_widths=(16,16,24), codec_depth=1, n_codes=32, code_dim=8, dim=32, n_layers=2,
+                        n_heads=2, batch=16, memory=200),
+             demo=dict(codec_widths=(32,64,96), codec_depth=1, n_codes=128, code_dim=8, dim=128, n_layers=3,
+                       n_heads=4, batch=32, memory=3000),
+             full=dict(codec_widths=(128,192,256), codec_depth=2, n_codes=512, code_dim=16, dim=512,
+                       n_layers=12, n_heads=8, batch=256, memory=100_000))
 
 def recipe_for(
     data,               # captioned pictures
@@ -354,8 +367,9 @@ def recipe_for(
     "Everything `build` needs to make the same model again"
     deep = max(1, int(math.log2(min(data.shape[1:])/4))) # a grid of 4 x 4 codes, and a row for the colours
     size = SIZES[scale]|dict(codec_widths=list(SIZES[scale]['codec_widths'][:deep]))
-    return dict(recipe='cm3leon', data=data.name, shape=list(data.shape), words=list(data.words), max_len=data.size, share=.4, lr=2e-3,
-                codec_lr=4e-3, half_life=4_000, p_drop=.1, palette=data.shape[0]>1,
+    return dict(recipe='cm3leon', data=data.name, shape=list(data.shape), words=list(data.words),
+                max_len=data.size, share=.4, lr=2e-3, codec_lr=4e-3, half_life=4_000, p_drop=.1,
+                palette=data.shape[0]>1,
                 tasks=[.7,.15,.15], max_examples=2, examples=1, temperature=.5, guidance=2.,
                 **size)
 
@@ -365,8 +379,10 @@ def build(
     "Codec, network and an empty memory"
     tok = WordTokenizer(config['words'], config['max_len'])
     codec = make_codec(config)
-    layout = Layout(len(tok), config['n_codes'], config['max_len'], codec.grid(config['shape']), config['max_examples'])
+    layout = Layout(len(tok), config['n_codes'], config['max_len'], codec.grid(config['shape']),
+                    config['max_examples'])
     net = DocumentModel(layout, config['dim'], config['n_layers'], config['n_heads'])
     memory = Memory(config['memory'], config['max_len'], layout.n_image, len(tok))
-    return tok,CM3Leon(codec, net, memory, tok.null(), load(config['data'], config.get('size')), tok, tuple(config['tasks']), config['p_drop'],
+    return tok,CM3Leon(codec, net, memory, tok.null(), load(config['data'], config.get('size')), tok,
+                       tuple(config['tasks']), config['p_drop'],
                        config['share'], (config['codec_lr'], config['lr']))

@@ -58,7 +58,7 @@ def conv_mask(
     grid,       # rows and columns of codes
     size:int=3, # side of the window, odd
 )->Tensor:      # (n n) bool
-    "A code looks at the earlier codes of a window around it; the window ends at the edge (DALL-E's wraps around)"
+    "A code looks at the earlier codes of a window around it, up to the edge (DALL-E's window wraps around)"
     return _sparse(n_text, grid, lambda r,c,r2,c2: ((r-r2).abs()<=size//2)&((c-c2).abs()<=size//2))
 
 # %% ../../nbs/07_ar/02_dalle.ipynb #182c47b8
@@ -70,7 +70,8 @@ def attend(
 )->Tensor:       # (b heads new d)
     "softmax(q k'/sqrt(d)) v over the tokens that may be looked at"
     if q.device.type!='cpu': return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    s = (q@k.mT)*q.shape[-1]**-.5 # on a CPU, with short streams and small heads, the plain product trains several times faster
+    # on a CPU, with short streams and small heads, the plain product trains several times faster
+    s = (q@k.mT)*q.shape[-1]**-.5
     return s.masked_fill(~mask, -math.inf).softmax(-1).to(v.dtype)@v
 
 # %% ../../nbs/07_ar/02_dalle.ipynb #1466808c
@@ -182,7 +183,8 @@ class Transformer(nn.Module):
         "What every token says about the one after it; the last code has nothing to say"
         x = torch.cat([self.embed_words(cond.ids), self.embed_codes(codes[:,:-1])], 1)
         h = self.decoder(x)
-        return F.linear(h[:,:self.n_text-1], self.words.weight).float(),self.code_logits(h[:,self.n_text-1:], cond, codes)
+        words = F.linear(h[:,:self.n_text-1], self.words.weight).float()
+        return words,self.code_logits(h[:,self.n_text-1:], cond, codes)
 
     def next(self,
         cond:Cond,        # (b) captions
@@ -216,7 +218,9 @@ def column_attend(
     grid,       # rows and columns of codes
 )->Tensor:      # (b heads n d)
     "What `attend` gives with `column_mask`, but only the allowed pairs are computed"
-    (tq,iq),(tk,ik),(tv,iv) = ((u[:,:,:n_text], u[:,:,n_text:].unflatten(2, grid).transpose(2, 3)) for u in (q, k, v)) # columns first
+    # columns first
+    (tq,iq),(tk,ik),(tv,iv) = ((u[:,:,:n_text], u[:,:,n_text:].unflatten(2, grid).transpose(2, 3))
+                               for u in (q, k, v))
     told = attend(tq, tk, tv, causal(n_text).to(q.device))
     at_words = torch.einsum('bhcrd,bhtd->bhcrt', iq, tk)
     at_codes = (iq@ik.mT).masked_fill(~causal(grid[0]).to(q.device), -math.inf)
@@ -243,7 +247,7 @@ def in_turns(
 def own_colours(
     x:Tensor, # (b c h w) pictures
 )->tuple:     # centre (b c), axes (b c c), m (b c h w) within about [-1,1]: x ~ centre + axes @ m
-    "Turn the colours of each picture to its own main directions, and stretch each from -1 to 1; the rarer end is +1"
+    "Turn the colours of each picture to its main directions, stretch each from -1 to 1; the rarer end is +1"
     with torch.autocast(x.device.type, enabled=False):
         f = x.flatten(2).float()
         mean = f.mean(2, keepdim=True)
@@ -258,7 +262,7 @@ def own_colours(
 
 # %% ../../nbs/07_ar/02_dalle.ipynb #f15f0261
 class Palette(nn.Module):
-    "A VQ-VAE for pictures in their own colours; the first row of its grid are codes of the colours themselves"
+    "A VQ-VAE for pictures in their own colours; the first row of its grid holds codes of the colours"
     def __init__(self,
         channels:int=3,  # of the pictures
         widths=(32,64),  # as in `VQVAE`
@@ -270,7 +274,8 @@ class Palette(nn.Module):
     ):
         super().__init__()
         n = channels+channels**2
-        self.n_codes,self.columns,self.shapes = n_codes,columns,VQVAE(channels, widths, n_codes, dim, depth, **options)
+        self.n_codes,self.columns = n_codes,columns
+        self.shapes = VQVAE(channels, widths, n_codes, dim, depth, **options)
         self.colours = VectorQuantizer(n_codes, dim, **options)
         self.squeeze = nn.Sequential(nn.Linear(n, 64), nn.SiLU(), nn.Linear(64, columns*dim))
         self.spread = nn.Sequential(nn.Linear(columns*dim, 64), nn.SiLU(), nn.Linear(64, n))
@@ -282,24 +287,27 @@ class Palette(nn.Module):
         colours:Tensor, # (b dim 1 columns) codes of the colours
     )->tuple:           # (b c h w) picture, (b c + c c) its centre and axes
         said,c = self.spread(colours.flatten(1)).float(),m.shape[1]
-        return said[:,:c,None,None]+torch.einsum('bij,bjhw->bihw', said[:,c:].unflatten(1, (c,c)), m.float()),said
+        axes = said[:,c:].unflatten(1, (c,c))
+        return said[:,:c,None,None]+torch.einsum('bij,bjhw->bihw', axes, m.float()),said
     def look(self,
         x:Tensor,         # (b c h w) pictures
         draws:Draws=None, # of a training step
     )->tuple:             # m (b c h w), centre and axes (b c + c c), Quantized colours
         centre,axes,m = own_colours(x)
         numbers = torch.cat([centre, axes.flatten(1)], 1)
-        return m,numbers,self.colours(self.squeeze(numbers).view(len(x), self.columns, 1, -1).permute(0,3,2,1), draws)
+        z = self.squeeze(numbers).view(len(x), self.columns, 1, -1).permute(0,3,2,1)
+        return m,numbers,self.colours(z, draws)
     def loss(self,
         x:Tensor,         # (b c h w) pictures
         draws:Draws=None, # of a training step
     )->Tensor:            # (b)
-        "Three errors, of the picture, of the picture in its own colours, and of the colours, and what quantising costs"
+        """Errors of the picture, of the picture in its own colours and of the colours, and what quantising
+        costs"""
         m,numbers,colours = self.look(x, draws)
         m_hat,shapes = self.shapes(m, draws)
         y,said = self.paint(m_hat, colours.z_q)
-        error = (y-x).square().flatten(1).mean(1)+(m_hat-m).square().sum(1).mean((1,2))+(said-numbers).square().mean(1)
-        return error+colours.loss+shapes.loss
+        error = (y-x).square().flatten(1).mean(1)+(m_hat-m).square().sum(1).mean((1,2))
+        return error+(said-numbers).square().mean(1)+colours.loss+shapes.loss
     @torch.no_grad()
     def codes(self, x:Tensor)->Tensor: # (b c h w) -> (b rows+1 columns) int64
         m,_,colours = self.look(x)
@@ -337,9 +345,12 @@ class Counts(nn.Module):
         self.register_buffer('left', torch.where(i%w>0, i-1, -1), persistent=False)   # -1: there is none
         self.register_buffer('above', torch.where(i>=w, i-w, -1), persistent=False)
         self.register_buffer('place', torch.zeros(h*w, n_codes))                      # log p(code|place)
-        self.register_buffer('word', torch.zeros(n_words, h*w, n_codes))              # log p(code|place, word)/p(code|place)
-        if around: self.register_buffer('near', torch.zeros((n_codes+1)**2, n_codes)) # log p(code|left, above)/p(code)
-        self.gain = nn.Parameter(torch.tensor([.6, .6]))                              # how far words and neighbours are believed
+        # log p(code|place, word)/p(code|place)
+        self.register_buffer('word', torch.zeros(n_words, h*w, n_codes))
+        # log p(code|left, above)/p(code)
+        if around: self.register_buffer('near', torch.zeros((n_codes+1)**2, n_codes))
+        # how far words and neighbours are believed
+        self.gain = nn.Parameter(torch.tensor([.6, .6]))
 
     def key(self,
         codes:Tensor,  # (b n) the codes of places 0..n-1
@@ -367,9 +378,12 @@ class Counts(nn.Module):
             if w==PAD or has.all(): continue
             self.word[w] = (tally(at[has].flatten(), codes[has].flatten(), n_image, place, 30.)/place).log()
         if not self.around: return self
-        one = [tally(torch.where(i>=0, codes[:,i], k).flatten(), codes.flatten(), k+1, every, 5.) for i in (self.left, self.above)]
-        both = (one[0][:,None]*one[1]/every).flatten(0, 1)          # as if left and above told different things
-        near = tally(self.key(codes).flatten(), codes.flatten(), (k+1)**2, both/both.sum(1, keepdim=True), 10.)
+        one = [tally(torch.where(i>=0, codes[:,i], k).flatten(), codes.flatten(), k+1, every, 5.)
+               for i in (self.left, self.above)]
+        # as if left and above told different things
+        both = (one[0][:,None]*one[1]/every).flatten(0, 1)
+        both = both/both.sum(1, keepdim=True)
+        near = tally(self.key(codes).flatten(), codes.flatten(), (k+1)**2, both, 10.)
         self.near.copy_((near/every).log())
         return self
 
@@ -382,7 +396,8 @@ class Counts(nn.Module):
         "log p(code|place) + gain_0 sum over the words + gain_1 the neighbours"
         has = torch.zeros(len(cond), len(self.word), device=self.word.device).scatter_(1, cond.ids, 1.)
         logits = self.place[start:stop]+self.gain[0]*torch.einsum('bw,wnk->bnk', has, self.word[:,start:stop])
-        return logits+self.gain[1]*F.embedding(self.key(codes, start, stop), self.near) if self.around else logits
+        if not self.around: return logits
+        return logits+self.gain[1]*F.embedding(self.key(codes, start, stop), self.near)
 
 # %% ../../nbs/07_ar/02_dalle.ipynb #a441a1fe
 def counted(
@@ -443,7 +458,8 @@ class Prior(nn.Module):
         config:dict,        # temperature, guidance
         stream:str='codes', # name of the random numbers
     )->Tensor:              # (b h w) int64
-        codes = sample_codes(self.net, cond, draws, config['temperature'], config['guidance'], self.null, stream=stream)
+        codes = sample_codes(self.net, cond, draws, config['temperature'], config['guidance'], self.null,
+                             stream=stream)
         return codes.view(-1, *self.net.grid)
     @torch.no_grad()
     def fit(self,
@@ -482,7 +498,8 @@ def sample_codes(
 # %% ../../nbs/07_ar/02_dalle.ipynb #872f70d7
 # ---- re-ranking ----
 class Scorer(nn.Module):
-    "A small CLIP (arXiv:2103.00020): picture and caption become unit vectors, their product says how well they fit"
+    """A small CLIP (arXiv:2103.00020): picture and caption as unit vectors, whose product says how well they
+    fit"""
     def __init__(self,
         channels:int,        # of the pictures
         n_words:int,         # size of the vocabulary
@@ -492,7 +509,8 @@ class Scorer(nn.Module):
     ):
         super().__init__()
         ws = [4*channels, *widths]
-        convs = [m for a,b in zip(ws, ws[1:]) for m in (nn.Conv2d(a, b, 3, 2 if a!=4*channels else 1, 1), nn.SiLU())]
+        convs = [m for a,b in zip(ws, ws[1:])
+                 for m in (nn.Conv2d(a, b, 3, 2 if a!=4*channels else 1, 1), nn.SiLU())]
         self.picture = nn.Sequential(nn.PixelUnshuffle(2), *convs, nn.AdaptiveAvgPool2d(2), nn.Flatten(),
                                      nn.Linear(4*widths[-1], dim))
         self.encoder = TextEncoder(n_words, n_text, dim, 1)
@@ -530,7 +548,7 @@ class DallE(TwoStage):
         share:float=.4,   # of the budget, for the codec
         lr=(2e-3,2e-3),   # peak learning rates of codec and prior; the scorer has that of the prior
         every:int=4,      # the scorer learns at every fourth step
-        fit=None,         # fit(codec, device) -> caption tokens (n l), codes (n n_image): counts to begin with
+        fit=None,         # fit(codec, device) -> tokens (n l), codes (n n_image): counts to begin with
         **usual,          # further settings of the optimizers
     ):
         super().__init__(codec, prior, share, lr, **usual)
@@ -549,7 +567,8 @@ class DallE(TwoStage):
         was = self.codec.training
         counts.fit(*self.fit(self.codec.eval(), state.device))
         self.codec.train(was)
-        for k,v in counts.state_dict().items(): state.ema.shadow[f'prior.net.counts.{k}'].copy_(v) # it is not to be averaged in
+        # it is not to be averaged in
+        for k,v in counts.state_dict().items(): state.ema.shadow[f'prior.net.counts.{k}'].copy_(v)
     def painter(self,
         tok,         # captions -> Cond
         config:dict, # temperature, guidance, candidates
@@ -573,12 +592,12 @@ class DallE(TwoStage):
 # %% ../../nbs/07_ar/02_dalle.ipynb #ae18d537
 PARADIGM = 'VQ + AR' # the recipe stands for it in the report card
 
-SIZES = dict(smoke=dict(codec_widths=(8,16,32), codec_depth=1, n_codes=32, code_dim=8, dim=32, n_layers=2, n_heads=2, batch=32,
-                        count_images=512),
-             demo=dict(codec_widths=(32,64,96), codec_depth=1, n_codes=128, code_dim=8, dim=128, n_layers=3, n_heads=4, batch=32,
-                       count_images=16_000),
-             full=dict(codec_widths=(64,128,192), codec_depth=2, n_codes=128, code_dim=16, dim=512, n_layers=12, n_heads=8, batch=256,
-                       count_images=100_000))
+SIZES = dict(smoke=dict(codec_widths=(8,16,32), codec_depth=1, n_codes=32, code_dim=8, dim=32, n_layers=2,
+                        n_heads=2, batch=32, count_images=512),
+             demo=dict(codec_widths=(32,64,96), codec_depth=1, n_codes=128, code_dim=8, dim=128, n_layers=3,
+                       n_heads=4, batch=32, count_images=16_000),
+             full=dict(codec_widths=(64,128,192), codec_depth=2, n_codes=128, code_dim=16, dim=512,
+                       n_layers=12, n_heads=8, batch=256, count_images=100_000))
 
 # %% ../../nbs/07_ar/02_dalle.ipynb #17544824
 def recipe_for(
@@ -588,20 +607,24 @@ def recipe_for(
 )->dict:                # JSON values
     "The settings that measured best on painted digits: a grid of 4x4, and a palette where there are colours"
     size = dict(SIZES[scale])
-    halvings = max(k for k in range(1, 4) if data.shape[1]%2**k==0 and data.shape[1]>=4*2**k) # 16 and 28 pixels: two, 32: three
+    # 16 and 28 pixels: two, 32: three
+    halvings = max(k for k in range(1, 4) if data.shape[1]%2**k==0 and data.shape[1]>=4*2**k)
     size['codec_widths'] = size['codec_widths'][:halvings]
-    if data.name=='painted2': size |= dict(n_codes=2*size['n_codes'], share=.35) # two inks on one paper: more to say in a code
-    return dict(recipe='dalle', data=data.name, shape=list(data.shape), words=list(data.words), max_len=data.size,
-                lr=2e-3, codec_lr=4e-3, half_life=4000, p_drop=.1, text_weight=1/8, counts=False, sparse=False, palette=data.shape[0]>1,
+    # two inks on one paper: more to say in a code
+    if data.name=='painted2': size |= dict(n_codes=2*size['n_codes'], share=.35)
+    return dict(recipe='dalle', data=data.name, shape=list(data.shape), words=list(data.words),
+                max_len=data.size, lr=2e-3, codec_lr=4e-3, half_life=4000, p_drop=.1, text_weight=1/8,
+                counts=False, sparse=False, palette=data.shape[0]>1,
                 scorer=True, temperature=.6, guidance=2., candidates=1)|dict(share=.2)|size
 
 # %% ../../nbs/07_ar/02_dalle.ipynb #cc72b310
 def make_codec(
     config:dict, # as from `recipe_for`
 )->nn.Module:    # a discrete codec
-    "Pictures in their own colours, and a row of codes for the colours; with palette False, or without colours, a plain VQ-VAE"
+    "Pictures in their own colours, and a row of codes for the colours; with palette False a plain VQ-VAE"
     (c,_,width),widths = config['shape'],config['codec_widths']
-    usual = dict(widths=widths, n_codes=config['n_codes'], dim=config['code_dim'], depth=config['codec_depth'], ema=.95)
+    usual = dict(widths=widths, n_codes=config['n_codes'], dim=config['code_dim'],
+                 depth=config['codec_depth'], ema=.95)
     return Palette(c, columns=width//2**len(widths), **usual) if config['palette'] else VQVAE(c, **usual)
 
 def build(
@@ -613,10 +636,12 @@ def build(
     grid = codec.grid(config['shape'])
     counts = Counts(len(tok), grid, k, around=k<=128) if config['counts'] else None
     masks = dalle_masks(config['n_layers'], config['max_len'], grid) if config['sparse'] else None
-    net = Transformer(len(tok), config['max_len'], k, grid, config['dim'], config['n_layers'], config['n_heads'], masks, counts)
+    net = Transformer(len(tok), config['max_len'], k, grid, config['dim'], config['n_layers'],
+                      config['n_heads'], masks, counts)
     prior = Prior(net, tok.null(), config['p_drop'], config['text_weight'])
     scorer = Scorer(config['shape'][0], len(tok), config['max_len']) if config['scorer'] else None
-    fit = counted(load(config['data'], config.get('size')), tok, config['count_images']) if config['counts'] else None
+    fit = counted(load(config['data'], config.get('size')), tok,
+                  config['count_images']) if config['counts'] else None
     return tok,DallE(codec, prior, scorer, config['share'], (config['codec_lr'], config['lr']), fit=fit)
 
 # %% ../../nbs/07_ar/02_dalle.ipynb #0e5740a9
@@ -647,7 +672,8 @@ def right(
     captions, # n texts
 )->Tensor:    # (n) bool: everything demanded is shown
     read = judge.read(x)
-    return torch.tensor([all(read[k][i].item()==v for k,v in data.demands(c).items()) for i,c in enumerate(captions)])
+    return torch.tensor([all(read[k][i].item()==v for k,v in data.demands(c).items())
+                         for i,c in enumerate(captions)])
 
 @torch.no_grad()
 def candidates(

@@ -111,7 +111,8 @@ class EncoderDecoder(nn.Module):
     )->Tensor:            # (b new n_codes) logits, float32
         i = cache.length if cache is not None else 0
         n = i+x.shape[1]
-        for layer,(block,w) in enumerate(zip(self.blocks, words)): x = block(x, w, mask, self.past[i:n,:n], cache, layer)
+        for layer,(block,w) in enumerate(zip(self.blocks, words)):
+            x = block(x, w, mask, self.past[i:n,:n], cache, layer)
         if cache is not None: cache.length = n
         return F.linear(self.norm(x), self.codes.weight).float()
     def read(self,
@@ -122,7 +123,7 @@ class EncoderDecoder(nn.Module):
     def forward(self,
         cond:Cond,    # (b) captions
         codes:Tensor, # (b n_image) codes of their pictures
-    )->Tensor:        # (b n_image n_codes) logits of every code, given the true ones before it (teacher forcing)
+    )->Tensor:        # (b n_image n_codes) logits of every code, given the true ones before it
         return self.decode(self.embed(codes[:,:-1]), self.read(cond), cond.mask)
     def next(self,
         cond:Cond,        # (b) captions
@@ -165,7 +166,8 @@ class CodePrior(nn.Module):
         codes:Tensor, # (b h w) int64
         cond:Cond,    # (b) captions
     )->Tensor:        # (b) nats a code
-        return F.cross_entropy(self.net(cond, codes.flatten(1)).mT, codes.flatten(1), reduction='none').mean(1)
+        return F.cross_entropy(self.net(cond, codes.flatten(1)).mT, codes.flatten(1),
+                               reduction='none').mean(1)
     def loss(self,
         codes:Tensor, # (b h w) int64
         cond:Cond,    # (b) captions
@@ -216,7 +218,8 @@ class Stream(Prior):
 
 # %% ../../nbs/07_ar/03_parti.ipynb #ea01af35
 ARMS = dict( # name -> width, encoder blocks (0: one stream, no encoder), decoder blocks, heads
-    encoder_decoder=(96, 1, 2, 4), one_stream=(92, 0, 4, 4), dim24=(24, 1, 1, 2), dim48=(48, 1, 2, 4), dim144=(144, 1, 2, 4))
+    encoder_decoder=(96, 1, 2, 4), one_stream=(92, 0, 4, 4), dim24=(24, 1, 1, 2), dim48=(48, 1, 2, 4),
+    dim144=(144, 1, 2, 4))
 
 def make_prior(
     arm:str,     # one of ARMS
@@ -229,7 +232,8 @@ def make_prior(
     if n_read:
         net = EncoderDecoder(len(tok), config['max_len'], codec.n_codes, grid, dim, n_read, n_layers, n_heads)
         return CodePrior(net, tok.null(), config['p_drop'])
-    return Stream(Transformer(len(tok), config['max_len'], codec.n_codes, grid, dim, n_layers, n_heads), tok.null(), config['p_drop'])
+    return Stream(Transformer(len(tok), config['max_len'], codec.n_codes, grid, dim, n_layers, n_heads),
+                  tok.null(), config['p_drop'])
 
 # %% ../../nbs/07_ar/03_parti.ipynb #f7f8478d
 # ---- the published sizes ----
@@ -248,18 +252,22 @@ def published(
     n_read,n_layers,dim,d_ff,n_heads = PARTI[size]
     encoder = nn.ModuleDict(dict(
         words=nn.Embedding(vocabulary, dim), place=nn.Embedding(n_text, dim), norm=nn.LayerNorm(dim),
-        blocks=nn.ModuleList(nn.TransformerEncoderLayer(dim, n_heads, d_ff, norm_first=True) for _ in range(n_read))))
+        blocks=nn.ModuleList(nn.TransformerEncoderLayer(dim, n_heads, d_ff, norm_first=True)
+                             for _ in range(n_read))))
     decoder = nn.ModuleDict(dict(
         codes=nn.Embedding(n_codes, dim), place=nn.Embedding(grid[0]*grid[1], dim), norm=nn.LayerNorm(dim),
-        blocks=nn.ModuleList(CrossBlock(dim, n_heads, d_ff) for _ in range(n_layers)), head=nn.Linear(dim, n_codes)))
+        blocks=nn.ModuleList(CrossBlock(dim, n_heads, d_ff) for _ in range(n_layers)),
+        head=nn.Linear(dim, n_codes)))
     return nn.ModuleDict(dict(encoder=encoder, decoder=decoder))
 
 # %% ../../nbs/07_ar/03_parti.ipynb #50f1ef1b
 # ---- the recipe ----
-SIZES = dict(smoke=dict(codec_widths=(16,16,24), codec_depth=1, n_codes=32, code_dim=8, dim=32, n_read=1, n_layers=1, n_heads=2, batch=32),
-             demo=dict(codec_widths=(32,64,96), codec_depth=1, n_codes=128, code_dim=8, dim=128, n_read=1, n_layers=2, n_heads=4, batch=32),
-             full=dict(codec_widths=(128,192,256), codec_depth=2, n_codes=512, code_dim=16, dim=512, n_read=6, n_layers=12, n_heads=8,
-                       batch=256))
+SIZES = dict(smoke=dict(codec_widths=(16,16,24), codec_depth=1, n_codes=32, code_dim=8, dim=32, n_read=1,
+                        n_layers=1, n_heads=2, batch=32),
+             demo=dict(codec_widths=(32,64,96), codec_depth=1, n_codes=128, code_dim=8, dim=128, n_read=1,
+                       n_layers=2, n_heads=4, batch=32),
+             full=dict(codec_widths=(128,192,256), codec_depth=2, n_codes=512, code_dim=16, dim=512, n_read=6,
+                       n_layers=12, n_heads=8, batch=256))
 
 def recipe_for(
     data,               # captioned pictures
@@ -269,8 +277,10 @@ def recipe_for(
     "Everything `build` needs to make the same model again"
     deep = max(1, int(math.log2(min(data.shape[1:])/4))) # a grid of 4 x 4 codes, and a row for the colours
     size = SIZES[scale]|dict(codec_widths=list(SIZES[scale]['codec_widths'][:deep]))
-    return dict(recipe='parti', data=data.name, shape=list(data.shape), words=list(data.words), max_len=data.size,
-                share=.4, lr=2e-3, codec_lr=4e-3, half_life=4_000, p_drop=.1, palette=data.shape[0]>1, temperature=.5, guidance=2., **size)
+    return dict(recipe='parti', data=data.name, shape=list(data.shape), words=list(data.words),
+                max_len=data.size, share=.4, lr=2e-3, codec_lr=4e-3, half_life=4_000, p_drop=.1,
+                palette=data.shape[0]>1,
+                temperature=.5, guidance=2., **size)
 
 def build(
     config:dict, # as from `recipe_for`
@@ -278,6 +288,7 @@ def build(
     "Codec and encoder-decoder, everything fresh"
     tok = WordTokenizer(config['words'], config['max_len'])
     codec = make_codec(config)
-    net = EncoderDecoder(len(tok), config['max_len'], config['n_codes'], codec.grid(config['shape']), config['dim'],
-                         config['n_read'], config['n_layers'], config['n_heads'])
-    return tok,TwoStage(codec, CodePrior(net, tok.null(), config['p_drop']), config['share'], (config['codec_lr'], config['lr']))
+    net = EncoderDecoder(len(tok), config['max_len'], config['n_codes'], codec.grid(config['shape']),
+                         config['dim'], config['n_read'], config['n_layers'], config['n_heads'])
+    return tok,TwoStage(codec, CodePrior(net, tok.null(), config['p_drop']), config['share'],
+                        (config['codec_lr'], config['lr']))

@@ -59,7 +59,8 @@ def sees(
 # ---- two stacks ----
 def down(x:Tensor)->Tensor: return F.pad(x, (0,0,1,0))[:,:,:-1] # each row sees the row above it
 
-def before(x:Tensor)->Tensor: return F.pad(x.flatten(2), (1,0))[:,:,:-1].unflatten(2, x.shape[2:]) # each place sees the one before it
+# each place sees the one before it
+def before(x:Tensor)->Tensor: return F.pad(x.flatten(2), (1,0))[:,:,:-1].unflatten(2, x.shape[2:])
 
 # %% ../../nbs/07_ar/01_pixelcnn.ipynb #720c3e3c
 def gate(
@@ -71,12 +72,12 @@ def gate(
 
 # %% ../../nbs/07_ar/01_pixelcnn.ipynb #e9a8fe7b
 class Gated(nn.Module):
-    "A vertical stack of all rows above, a horizontal stack of the codes to the left, which hears the vertical one"
+    "A vertical stack of all rows above, and one of the codes to the left, which hears the vertical one"
     def __init__(self,
         width:int,    # channels of each stack
         d_cond:int,   # width of the caption's vector
         d_map:int=0,  # channels of the map of coarse codes; 0: there is none
-        k:int=3,      # columns that the vertical stack sees at once, and one more than twice the codes to the left
+        k:int=3,      # columns that the vertical stack sees at once; the horizontal one: k//2 to the left
     ):
         super().__init__()
         self.k = k
@@ -136,10 +137,12 @@ class PixelCNN(nn.Module):
         self.place = nn.Parameter(torch.randn(width, *grid)*.02)
         if above:
             self.table_above = nn.Embedding(above, width)
-            self.around = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.SiLU())
+            self.around = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
+                                        nn.Conv2d(width, width, 3, padding=1), nn.SiLU())
         self.blocks = nn.ModuleList(Gated(width, d_cond, width if above else 0) for _ in range(depth))
         self.attend = nn.ModuleDict({str(i):Causal(width) for i in range(1, depth, 2)} if attention else {})
-        self.head = nn.Sequential(nn.SiLU(), nn.Conv2d(width, 2*width, 1), nn.SiLU(), nn.Conv2d(2*width, n_codes, 1))
+        self.head = nn.Sequential(nn.SiLU(), nn.Conv2d(width, 2*width, 1), nn.SiLU(),
+                                  nn.Conv2d(2*width, n_codes, 1))
     def look(self,
         top:Tensor, # (b h/2 w/2) coarse codes
     )->Tensor:      # (b width h w)
@@ -151,7 +154,8 @@ class PixelCNN(nn.Module):
         around:Tensor=None, # (b width h w), as from `look`
     )->Tensor:         # (b n_codes r w)
         r = e.shape[2]
-        told = self.cond(pooled)[:,:,None,None]+self.place[:,:r] # known everywhere from the start: not only to the gates
+        # known everywhere from the start: not only to the gates
+        told = self.cond(pooled)[:,:,None,None]+self.place[:,:r]
         if around is not None:
             around = around[:,:,:r]
             told = told+around
@@ -167,7 +171,8 @@ class PixelCNN(nn.Module):
         keep:Tensor=None,# (b r w) 0 where a code is not to be looked at
     )->Tensor:           # (b n_codes r w) logits; those of a place depend only on places before it
         e = self.table(ids).permute(0,3,1,2)
-        return self.run(e if keep is None else e*keep[:,None], pooled, None if top is None else self.look(top))
+        return self.run(e if keep is None else e*keep[:,None], pooled,
+                        None if top is None else self.look(top))
 
 # %% ../../nbs/07_ar/01_pixelcnn.ipynb #99e41cdb
 class Plain(nn.Module):
@@ -187,10 +192,13 @@ class Plain(nn.Module):
         self.place = nn.Parameter(torch.randn(width, *grid)*.02)
         if above:
             self.table_above = nn.Embedding(above, width)
-            self.around = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.SiLU())
+            self.around = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
+                                        nn.Conv2d(width, width, 3, padding=1), nn.SiLU())
         self.first = MaskedConv(width, width, kind='A')
-        self.convs = nn.ModuleList(nn.Sequential(MaskedConv(width, 2*width), nn.SiLU(), nn.Conv2d(2*width, width, 1)) for _ in range(depth))
-        self.head = nn.Sequential(nn.SiLU(), nn.Conv2d(width, 2*width, 1), nn.SiLU(), nn.Conv2d(2*width, n_codes, 1))
+        self.convs = nn.ModuleList(nn.Sequential(MaskedConv(width, 2*width), nn.SiLU(),
+                                                 nn.Conv2d(2*width, width, 1)) for _ in range(depth))
+        self.head = nn.Sequential(nn.SiLU(), nn.Conv2d(width, 2*width, 1), nn.SiLU(),
+                                  nn.Conv2d(2*width, n_codes, 1))
     look = PixelCNN.look
     def run(self, e, pooled, around=None): # as in PixelCNN
         r = e.shape[2]
@@ -249,7 +257,8 @@ def sample_grid(
     around = None if top is None else twice(net.look(top))
     for r in range(rows):
         for c in range(cols):
-            e = net.table(twice(ids[:,:r+1])).permute(0,3,1,2)       # rows below have not been drawn: leave them out
+            # rows below have not been drawn: leave them out
+            e = net.table(twice(ids[:,:r+1])).permute(0,3,1,2)
             logits = net.run(e, pooled, around)[:,:,r,c].float()
             if w!=1: logits = guided(logits, w)
             ids[:,r,c] = pick(logits, draws.uniform(f'{name} {r} {c}'), temperature)
@@ -265,7 +274,7 @@ class TwoLevelPrior(nn.Module):
         bottom,          # PixelCNN of the fine grid
         null:Cond,       # (1) the caption that says nothing
         p_drop:float=.1, # share of the captions replaced by it in training
-        blind:float=.1,  # share of the earlier codes that are not looked at in training, against learning by heart
+        blind:float=.1,  # share of earlier codes not looked at in training, against learning by heart
     ):
         super().__init__()
         self.encoder,self.top,self.bottom = encoder,top,bottom
@@ -280,9 +289,11 @@ class TwoLevelPrior(nn.Module):
         draws:Draws=None, # of a training step
     )->Levels:        # (b) each: minus log2 of the probability
         pooled = self.encoder(cond).pooled
-        keep = lambda k,ids: None if draws is None else (draws.uniform('blind '+k, *ids.shape[1:])>=self.blind).float()
+        def keep(k, ids):
+            if draws is not None: return (draws.uniform('blind '+k, *ids.shape[1:])>=self.blind).float()
         return Levels(nll(self.top(codes.top, pooled, None, keep('top', codes.top)), codes.top),
-                      nll(self.bottom(codes.bottom, pooled, codes.top, keep('bottom', codes.bottom)), codes.bottom))
+                      nll(self.bottom(codes.bottom, pooled, codes.top, keep('bottom', codes.bottom)),
+                          codes.bottom))
     def loss(self,
         codes:Levels, # int64
         cond:Cond,    # (b) tokens
@@ -308,9 +319,12 @@ class TwoLevelPrior(nn.Module):
 # %% ../../nbs/07_ar/01_pixelcnn.ipynb #097d96eb
 # ---- the recipe ----
 SIZES = dict( # one row a scale
-    smoke=dict(widths=(16,32),   n_codes=(32,16),   z_dim=8,  codec_depth=1, width=32,  depth=2,  dim=32,  n_layers=0, batch=16,  lr=6e-3),
-    demo =dict(widths=(32,64),   n_codes=(256,64),  z_dim=16, codec_depth=1, width=64,  depth=4,  dim=96,  n_layers=1, batch=32,  lr=2e-3),
-    full =dict(widths=(128,256), n_codes=(512,512), z_dim=64, codec_depth=2, width=512, depth=20, dim=512, n_layers=4, batch=256, lr=3e-4),
+    smoke=dict(widths=(16,32),   n_codes=(32,16),   z_dim=8,  codec_depth=1, width=32,  depth=2,  dim=32,
+               n_layers=0, batch=16,  lr=6e-3),
+    demo =dict(widths=(32,64),   n_codes=(256,64),  z_dim=16, codec_depth=1, width=64,  depth=4,  dim=96,
+               n_layers=1, batch=32,  lr=2e-3),
+    full =dict(widths=(128,256), n_codes=(512,512), z_dim=64, codec_depth=2, width=512, depth=20, dim=512,
+               n_layers=4, batch=256, lr=3e-4),
 )
 
 def recipe_for(
@@ -319,8 +333,10 @@ def recipe_for(
     seconds:float=None,# of training
 )->dict:               # JSON values
     "Everything `build` needs to make the same model again"
-    return dict(recipe='pixelcnn', data=data.name, shape=list(data.shape), words=list(data.words), max_len=data.size,
-                half_life=10_000, hide=.1, blind=.1, p_drop=.1, share=.4, temperature=.8, guidance=3., **SIZES[scale])
+    return dict(recipe='pixelcnn', data=data.name, shape=list(data.shape), words=list(data.words),
+                max_len=data.size, half_life=10_000, hide=.1, blind=.1, p_drop=.1, share=.4, temperature=.8,
+                guidance=3.,
+                **SIZES[scale])
 
 # %% ../../nbs/07_ar/01_pixelcnn.ipynb #eda2a42c
 class TwoLevelModel(TwoStage):
@@ -331,7 +347,8 @@ def make_codec(
     config:dict, # as from `recipe_for`
 )->VQVAE2:
     "The codec alone"
-    codec = VQVAE2(config['shape'][0], config['widths'], config['n_codes'], config['z_dim'], config['codec_depth'], config['hide'])
+    codec = VQVAE2(config['shape'][0], config['widths'], config['n_codes'], config['z_dim'],
+                   config['codec_depth'], config['hide'])
     return codec.to(memory_format=torch.channels_last)
 
 def make_prior(
@@ -343,10 +360,12 @@ def make_prior(
     "Text encoder, coarse prior with attention, fine prior that sees the coarse codes"
     c,grids,(a,b) = config,codec.grids(config['shape']),codec.n_codes
     tok = WordTokenizer(c['words'], c['max_len'])
-    enc = TextEncoder(len(tok), c['max_len'], c['dim'], c['n_layers']) if c['n_layers'] else WordBag(len(tok), c['dim'])
+    if c['n_layers']: enc = TextEncoder(len(tok), c['max_len'], c['dim'], c['n_layers'])
+    else: enc = WordBag(len(tok), c['dim'])
     how = dict(width=c['width'], depth=c['depth'])
     top = kind(a, grids.top, c['dim'], attention=attention, **how)
-    return tok,TwoLevelPrior(enc, top, kind(b, grids.bottom, c['dim'], above=a, **how), tok.null(), c['p_drop'], c['blind'])
+    return tok,TwoLevelPrior(enc, top, kind(b, grids.bottom, c['dim'], above=a, **how), tok.null(),
+                             c['p_drop'], c['blind'])
 
 def build(
     config:dict, # as from `recipe_for`

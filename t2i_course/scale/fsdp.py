@@ -25,11 +25,12 @@ from ..diffusion.ddpm import build, recipe
 # %% ../../nbs/12_scale/02_fsdp.ipynb #9ac61493
 # ---- which share of the work is mine ----
 class Ranks:
-    "The processes that train one network together: what `core.training.Alone` answers for one, answered for many"
+    "Processes that train one network together: what `core.training.Alone` answers for one, here for many"
     def __init__(self, minutes:float=5.): # how long a process waits for one that does not answer
         gpu = torch.cuda.is_available()
         if gpu: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
-        if not dist.is_initialized(): dist.init_process_group('nccl' if gpu else 'gloo', timeout=timedelta(minutes=minutes))
+        if not dist.is_initialized():
+            dist.init_process_group('nccl' if gpu else 'gloo', timeout=timedelta(minutes=minutes))
         self.rank,self.size = dist.get_rank(),dist.get_world_size()
         self.device,self.net,self.ran = torch.device('cuda' if gpu else 'cpu'),None,False
 
@@ -80,8 +81,8 @@ class Ranks:
             with self.net.no_sync(): yield
         else: yield
         if self.net is not None and not self.ran:
-            raise CourseError('the loss does not call the network that the processes share, so each would train a copy of its own: '
-                              'write it with model.net, as it is when the loss is asked')
+            raise CourseError('the loss does not call the network that the processes share, so each would '
+                              'train a copy of its own: write it with model.net, as it is when it is called')
 
 # %% ../../nbs/12_scale/02_fsdp.ipynb #9756b5fa
 # ---- from outside the network ----
@@ -116,16 +117,19 @@ def parallelize(
         few = dict(param_dtype=POLICIES[precision], reduce_dtype=torch.float32) if precision!='fp32' else {}
         net.to(memory_format=torch.contiguous_format) # a shard is a piece of rows
         for m in blocks.values(): fully_shard(m, mp_policy=MixedPrecisionPolicy(**few))
-        # a block gets activations; the whole also gets times, which have to stay as they are: autocast does the rest
+        # a block gets activations; the whole also gets times, which have to stay as they are: autocast does
+        # the rest
         fully_shard(net, mp_policy=MixedPrecisionPolicy(**few, cast_forward_inputs=False))
     called = nn.parallel.DistributedDataParallel(net) if how=='ddp' else net
     if ranks is not None: ranks.share(called)
     return called
 
 # %% ../../nbs/12_scale/02_fsdp.ipynb #a317f50f
-def local(t:Tensor)->Tensor: return t.to_local() if hasattr(t, 'to_local') else t # the part of a sharded tensor that is here
+# the part of a sharded tensor that is here
+def local(t:Tensor)->Tensor: return t.to_local() if hasattr(t, 'to_local') else t
 
-def whole(t:Tensor)->Tensor: return t.full_tensor() if hasattr(t, 'full_tensor') else t # all processes have to ask together
+# all processes have to ask together
+def whole(t:Tensor)->Tensor: return t.full_tensor() if hasattr(t, 'full_tensor') else t
 
 def shard_bytes(
     shapes,         # of the tensors
@@ -160,7 +164,8 @@ def checkpoints(
     run, # run folder
 )->list: # whole ones, newest last
     "Folders checkpoint-IMAGES; the file .metadata is written last"
-    found = [p for p in Path(run).glob('checkpoint-*') if (p/'.metadata').exists() and (p/'run.json').exists()]
+    found = [p for p in Path(run).glob('checkpoint-*') if (p/'.metadata').exists()
+             and (p/'run.json').exists()]
     return sorted(found, key=lambda p: int(p.name.split('-')[1]))
 
 def save_sharded(
@@ -193,15 +198,19 @@ def load_sharded(
     if not found: return None
     numbers = json.loads((found[-1]/'run.json').read_text(encoding='utf-8'))
     other = [k for k,v in (note or {}).items() if numbers.get(k)!=v]
-    if other: raise CourseError(f"{found[-1]} belongs to another run ({', '.join(other)}). Train into another folder.")
+    if other:
+        raise CourseError(f"{found[-1]} belongs to another run ({', '.join(other)}). "
+                          'Train into another folder.')
     meta,parts = dcp.FileSystemReader(found[-1]).read_metadata().state_dict_metadata,_parts(state)
-    parts['extra'] = {k[6:]:torch.empty(v.size, dtype=v.properties.dtype) for k,v in meta.items() if k.startswith('extra.')}
+    parts['extra'] = {k[6:]:torch.empty(v.size, dtype=v.properties.dtype)
+                      for k,v in meta.items() if k.startswith('extra.')}
     try: dcp.load(parts, checkpoint_id=found[-1])
     except Exception as e:
-        raise CourseError(f'{found[-1]} cannot be read ({str(e).splitlines()[0][:200]}). Delete this folder to go on '
-                          'from the checkpoint before, or train into another folder.') from e
+        raise CourseError(f'{found[-1]} cannot be read ({str(e).splitlines()[0][:200]}). Delete this folder '
+                          'to go on from the checkpoint before, or train into another folder.') from e
     for k,o in state.opts.items(): set_optimizer_state_dict(state.net, o, parts[f'opt:{k}'])
-    state.begun,state.step,state.images,state.seconds = list(numbers['begun']),numbers['step'],numbers['images'],numbers['seconds']
+    state.begun = list(numbers['begun'])
+    for k in ('step','images','seconds'): setattr(state, k, numbers[k])
     if numbers['scaler']: state.scaler.load_state_dict(numbers['scaler'])
     return parts['extra']
 
@@ -237,12 +246,14 @@ def trial(
     if resume: load_sharded(state, out)
     Path(out).mkdir(parents=True, exist_ok=True)
     log = []
-    for r in train(state, loss, feed(data, tok), images=steps*batch, batch=batch, accumulate=accumulate, clip=1e9 if double else 1., ranks=ranks):
+    for r in train(state, loss, feed(data, tok), images=steps*batch, batch=batch, accumulate=accumulate,
+                   clip=1e9 if double else 1., ranks=ranks):
         log.append((r.loss, r.grad_norm))
         if stop and r.step==stop: break
     if stop: save_sharded(state, out)
     shapes = [list(p.shape) for p in state.net.parameters()]
-    (Path(out)/f'held-{ranks.rank}.json').write_text(json.dumps(held(state)|dict(shapes=shapes)), encoding='utf-8')
+    (Path(out)/f'held-{ranks.rank}.json').write_text(json.dumps(held(state)|dict(shapes=shapes)),
+                                                     encoding='utf-8')
     weights,average = ({k:whole(v) for k,v in d.items()} for d in (state.net.state_dict(), state.ema.shadow))
     if ranks.rank==0: torch.save(dict(log=log, weights=weights, average=average), Path(out)/'end.pt')
 
@@ -259,14 +270,21 @@ def launch(
     limit:float=3600., # seconds: a guard against hanging, not a measure of the machine
 )->list:          # of each trial: log, weights, average, held (one dict a process)
     "Start processes with torchrun on this machine's processor, wait, read what they left behind"
-    code = [sys.executable, '-c', 'from t2i_course.scale.fsdp import trials; trials()', json.dumps([o|dict(out=str(o['out'])) for o in todo])]
-    run = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(size), '--no-python']
+    code = [sys.executable, '-c', 'from t2i_course.scale.fsdp import trials; trials()',
+            json.dumps([o|dict(out=str(o['out'])) for o in todo])]
+    run = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(size),
+           '--no-python']
     home = str(Path(sys.modules['t2i_course'].__path__[0]).resolve().parent)
-    env = os.environ|dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', PYTHONPATH=os.pathsep.join([home, os.environ.get('PYTHONPATH', '')]))
-    done = subprocess.run((run if size>1 else [])+code, env=env, capture_output=True, encoding='utf-8', errors='replace', timeout=limit)
-    said = done.stderr if len(done.stderr)<4000 else f'{done.stderr[:3000]} ... {done.stderr[-1000:]}' # cause first, summary last
+    env = os.environ|dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='',
+                          PYTHONPATH=os.pathsep.join([home, os.environ.get('PYTHONPATH', '')]))
+    done = subprocess.run((run if size>1 else [])+code, env=env, capture_output=True, encoding='utf-8',
+                          errors='replace', timeout=limit)
+    # cause first, summary last
+    said = done.stderr if len(done.stderr)<4000 else f'{done.stderr[:3000]} ... {done.stderr[-1000:]}'
     if done.returncode: raise CourseError(f'{size} processes ended with code {done.returncode}: {said}')
-    def read(out): return torch.load(out/'end.pt')|dict(held=[json.loads((out/f'held-{r}.json').read_text(encoding='utf-8')) for r in range(size)])
+    def read(out):
+        return torch.load(out/'end.pt')|dict(
+            held=[json.loads((out/f'held-{r}.json').read_text(encoding='utf-8')) for r in range(size)])
     return [read(Path(o['out'])) for o in todo]
 
 def apart(
@@ -276,4 +294,5 @@ def apart(
     "How far two runs are from being the same"
     far = lambda x,y: max(abs(p-q) for p,q in zip(x, y, strict=True))
     out = {k:far([l[i] for l in a['log']], [l[i] for l in b['log']]) for i,k in enumerate(('loss','norm'))}
-    return out|{k:max((a[k][n].double()-b[k][n].double()).abs().max().item() for n in a[k]) for k in ('weights','average')}
+    return out|{k:max((a[k][n].double()-b[k][n].double()).abs().max().item() for n in a[k])
+                for k in ('weights','average')}

@@ -23,7 +23,7 @@ from ..flow.flow_matching import QUICK, build, recipe_for
 
 # %% ../../nbs/12_scale/01_mixed_precision.ipynb #2cb6591c
 class Format(NamedTuple):
-    "A floating-point format: one bit for the sign, some for the exponent (range), some for the mantissa (steps)"
+    "A floating-point format: one bit of sign, some for the exponent (range), some for the mantissa (steps)"
     exponent: int         # bits
     mantissa: int         # bits after the leading one, which is not stored
     dtype: object=None    # torch's own type, where it has one
@@ -38,7 +38,7 @@ FORMATS = dict(fp32=Format(8, 23, torch.float32), tf32=Format(8, 10), bf16=Forma
 def limits(
     fmt:Format, # any format
 )->dict:        # eps, largest, normal, subnormal: floats
-    "The step after 1, the largest number, the smallest with all its digits, and the smallest above 0 (IEEE 754)"
+    "IEEE 754: the step after 1, the largest number, the smallest with all its digits, the smallest above 0"
     top = 2**(fmt.exponent-1)-1
     return dict(eps=2.**-fmt.mantissa, largest=fmt.largest or (2-2.**-fmt.mantissa)*2.**top,
                 normal=2.**(1-top), subnormal=2.**(1-top-fmt.mantissa))
@@ -49,7 +49,7 @@ def round_to(
     mantissa:int,       # bits that stay
     exponent:int=8,     # bits of the exponent
     largest:float=None, # for formats without infinity
-    u:Tensor=None,      # (...) uniform in [0,1): round up with the probability of the remainder; None: to nearest, ties to even
+    u:Tensor=None,      # (...) uniform in [0,1): up with the probability of the remainder; None: to nearest
 )->Tensor:              # same shape and type
     "The number of so many bits that is nearest to x"
     lim,d = limits(Format(exponent, mantissa, None, largest)),x.double()
@@ -84,7 +84,8 @@ def bits(
     else:
         power = max(math.frexp(v)[1]-1 if v else 1-top, 1-top)
         m = round(abs(v)*2.**(fmt.mantissa-power))
-        e,m = (power+top,m-2**fmt.mantissa) if m>=2**fmt.mantissa else (0,m) # below the smallest normal: exponent 0, no hidden one
+        # below the smallest normal: exponent 0, no hidden one
+        e,m = (power+top,m-2**fmt.mantissa) if m>=2**fmt.mantissa else (0,m)
     return sign,f'{e:0{fmt.exponent}b}',f'{m:0{fmt.mantissa}b}'
 
 # %% ../../nbs/12_scale/01_mixed_precision.ipynb #37fc1156
@@ -101,7 +102,8 @@ def matmul_error(
 # %% ../../nbs/12_scale/01_mixed_precision.ipynb #564d6407
 def precision_table()->dict: # name -> bits, eps, largest, normal, subnormal, matmul
     "Every format of the chapter with what it can hold and how wrong it multiplies"
-    return {k:dict(bits=1+f.exponent+f.mantissa, **limits(f), matmul=matmul_error(f)) for k,f in FORMATS.items()}
+    return {k:dict(bits=1+f.exponent+f.mantissa, **limits(f), matmul=matmul_error(f))
+            for k,f in FORMATS.items()}
 
 # %% ../../nbs/12_scale/01_mixed_precision.ipynb #f086c1bf
 def recipe_here(
@@ -138,7 +140,8 @@ def unseen_loss(
     x0,cond = feed(data, tok, 'test')(Draws(seed, torch.arange(n)))
     dev = next(den.net.parameters()).device
     parts = torch.arange(n).split(128)
-    return torch.cat([den.loss(x0[i].to(dev), cond[i].to(dev), Draws(seed, i, dev)) for i in parts]).mean().item()
+    return torch.cat([den.loss(x0[i].to(dev), cond[i].to(dev), Draws(seed, i, dev))
+                      for i in parts]).mean().item()
 
 # %% ../../nbs/12_scale/01_mixed_precision.ipynb #6a4f4d5a
 def lost_updates(
@@ -156,7 +159,7 @@ def lost_updates(
 
 # %% ../../nbs/12_scale/01_mixed_precision.ipynb #00ec671d
 class Masters:
-    "Float32 weights that learn and a low-precision copy that computes (Micikevicius et al. 2018, section 3.1)"
+    "Float32 weights that learn, a low-precision copy that computes (Micikevicius et al. 2018, section 3.1)"
     def __init__(self,
         net:nn.Module,           # float32: the masters
         dtype=torch.bfloat16,    # of the copy: its weights, activations and gradients
@@ -164,7 +167,8 @@ class Masters:
         self.net,self.low = net,copy.deepcopy(net).to(dtype)
         cast = lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
         for m in self.low.modules(): # time and noise arrive in float32: cast them at the door of each layer
-            if isinstance(m, (nn.Linear, nn.Conv2d)): m.register_forward_pre_hook(lambda m,args: tuple(map(cast, args)))
+            if isinstance(m, (nn.Linear, nn.Conv2d)):
+                m.register_forward_pre_hook(lambda m,args: tuple(map(cast, args)))
     def fetch(self,
         scale:float=1., # of the loss
     )->bool:            # are all gradients finite?
@@ -189,10 +193,12 @@ class _Through(torch.autograd.Function):
 
 # %% ../../nbs/12_scale/01_mixed_precision.ipynb #e5288f00
 # functions whose factors and results are rounded
-LOW = {F.linear, F.conv2d, F.scaled_dot_product_attention, torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__}
+LOW = {F.linear, F.conv2d, F.scaled_dot_product_attention, torch.matmul, torch.bmm, Tensor.matmul,
+       Tensor.__matmul__}
 
 class Rounded(TorchFunctionMode):
-    "Autocast for any format, in simulation: float32 arithmetic, but what enters and leaves a product is rounded, and so are its gradients"
+    """Autocast for any format, in simulation: float32 arithmetic, but what enters and leaves a product is
+    rounded, and so are its gradients"""
     def __init__(self,
         fmt:Format, # of the products
     ):
@@ -229,7 +235,7 @@ def go_on(
     den,             # a trained Denoiser; its network is trained further
     tok,             # captions -> Cond
     data,            # captioned pictures
-    how:str,         # 'fp32'; 'masters': bf16 products, float32 weights; 'bf16': bf16 weights; 'stochastic': the same, rounded at random
+    how:str,         # 'fp32'; 'masters': float32 weights, bf16 products; 'bf16', 'stochastic': see `snap`
     lr:float=1e-4,   # constant
     images:int=6_400,# training pictures
     seed:int=0,      # of pictures and noise
@@ -241,7 +247,8 @@ def go_on(
     later = lambda d: Draws(d.seed, d.index+first, d.device)
     own = den.loss if how=='fp32' or has_bf16(state.device.type) else simulated(den.loss, FORMATS['bf16'])
     loss = lambda x0,cond,draws: own(x0, cond, later(draws))
-    for r in train(state, loss, lambda d: data_on(later(d)), images=images, batch=32, seed=seed, schedule=lambda f: 1.):
+    for r in train(state, loss, lambda d: data_on(later(d)), images=images, batch=32, seed=seed,
+                   schedule=lambda f: 1.):
         if how in ('bf16','stochastic'): snap(den.net, FORMATS['bf16'], how=='stochastic')
     return den
 
@@ -281,7 +288,8 @@ OPS = dict( # what autocast decides about; h is the result of a linear layer, w 
     linear=lambda h,w: h, conv2d=lambda h,w: F.conv2d(h[None,None], w[None,None,:3,:3]),
     attention=lambda h,w: F.scaled_dot_product_attention(h[None], h[None], h[None]),
     silu=lambda h,w: F.silu(h), add=lambda h,w: h+h, mean=lambda h,w: h.mean(), weight_plus=lambda h,w: h+w,
-    softmax=lambda h,w: h.softmax(1), layer_norm=lambda h,w: F.layer_norm(h, (8,)), group_norm=lambda h,w: F.group_norm(h[None], 2),
+    softmax=lambda h,w: h.softmax(1), layer_norm=lambda h,w: F.layer_norm(h, (8,)), 
+    group_norm=lambda h,w: F.group_norm(h[None], 2),
     exp=lambda h,w: h.exp(), sum=lambda h,w: h.sum(), mse_loss=lambda h,w: F.mse_loss(h, h),
     cross_entropy=lambda h,w: F.cross_entropy(h, torch.zeros_like(h[:,0]).long()))
 
@@ -289,7 +297,7 @@ def op_dtypes(
     device:str='cpu',     # whose rules; no such device is needed
     dtype=torch.bfloat16, # autocast's lower type
 )->dict:                  # operation -> dtype of its result
-    "Which operation runs in which type under autocast, read off fake tensors, which have a type and no numbers"
+    "Which operation runs in which type under autocast, read off fake tensors: they have a type, no numbers"
     from torch._subclasses.fake_tensor import FakeTensorMode
     was = torch.is_autocast_enabled(device),torch.get_autocast_dtype(device)
     try:
@@ -319,14 +327,15 @@ class _Block(nn.Module):
 
 # %% ../../nbs/12_scale/01_mixed_precision.ipynb #115943ba
 class SmallTransformer(nn.Module):
-    "Guesses the velocity of an 8x8 digit from its 16 patches; normalised after each sum (post, as in 2017) or before each branch"
+    "Velocity of an 8x8 digit from its 16 patches; normalised after each sum (post) or before each branch"
     def __init__(self,
         dim:int=32,      # width, even
         n_layers:int=6,  # blocks
         post:bool=True,  # post-norm or pre-norm
     ):
         super().__init__()
-        self.patch,self.time,self.place = nn.Linear(4, dim),nn.Linear(1, dim),nn.Parameter(.02*torch.randn(16, dim))
+        self.patch,self.time = nn.Linear(4, dim),nn.Linear(1, dim)
+        self.place = nn.Parameter(.02*torch.randn(16, dim))
         self.blocks = nn.Sequential(*(_Block(dim, post) for _ in range(n_layers)))
         self.head = nn.Sequential(nn.Identity() if post else nn.LayerNorm(dim), nn.Linear(dim, 4))
     def forward(self,
@@ -361,7 +370,8 @@ def warmups(
     for i in range(total):
         draws = [Draws(s, torch.arange(i*batch, (i+1)*batch)) for s in seeds]
         x0 = torch.stack([patches[d.choice('glyph', len(patches))] for d in draws])
-        t,noise = torch.stack([d.uniform('t') for d in draws]),torch.stack([d.normal('eps', 16, 4) for d in draws])
+        t = torch.stack([d.uniform('t') for d in draws])
+        noise = torch.stack([d.normal('eps', 16, 4) for d in draws])
         x_t,target = x0+t[...,None,None]*(noise-x0),noise-x0
         x_t,t,target = (u.repeat(len(lrs)*len(steps), *[1]*(u.ndim-1)) for u in (x_t, t, target))
         out = vmap(lambda p,x,t: functional_call(nets[0], p, (x, t)))(p, x_t, t)

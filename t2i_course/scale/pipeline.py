@@ -52,7 +52,8 @@ class Settings:
     layers: int=2              # blocks of the text encoder
 
 # %% ../../nbs/12_scale/03_pipeline.ipynb #f76a4341
-TINY = dict(steps=24, warmup=2, batch=16, accumulate=2, vae_images=320, vae_widths=(8,16,16), widths=(16,32), dim=32, layers=1)
+TINY = dict(steps=24, warmup=2, batch=16, accumulate=2, vae_images=320, vae_widths=(8,16,16), widths=(16,32),
+            dim=32, layers=1)
 
 # %% ../../nbs/12_scale/03_pipeline.ipynb #96ba8bd7
 class Parts(NamedTuple):
@@ -70,7 +71,7 @@ def bpe_tokenizer(
     size:int=1000,    # most tokens; fewer when every word has become one
     max_len:int=None, # tokens a caption, both ends included; the longest of these captions when left out
 ):                    # a transformers CLIPTokenizer
-    "Byte-pair encoding laid out as CLIP's: bytes, bytes that end a word, merges in the order learned, two ends"
+    "Byte-pair encoding laid out as CLIP's: bytes, bytes that end a word, merges as learned, two ends"
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
     rules = CLIPTokenizer().backend_tokenizer # lower case, and how a text is cut into words
@@ -91,8 +92,8 @@ def tokens(
     captions,  # b texts
 )->Tensor:     # (b l) int64
     "Padded to one length, and cut there"
-    return tokenizer(list(captions), padding='max_length', truncation=True, max_length=tokenizer.model_max_length,
-                     return_tensors='pt').input_ids
+    return tokenizer(list(captions), padding='max_length', truncation=True,
+                     max_length=tokenizer.model_max_length, return_tensors='pt').input_ids
 
 # %% ../../nbs/12_scale/03_pipeline.ipynb #141b90a5
 def make_vae(
@@ -111,7 +112,7 @@ def make_unet(
     side:int,   # of a latent
     s:Settings, # its widths, and that of the text
 ):              # UNet2DConditionModel
-    "The published class, small: as in Stable Diffusion, the coarsest grid attends to the words in its middle block only"
+    "The published class, small; as in Stable Diffusion the coarsest grid hears the words in its middle only"
     from diffusers import UNet2DConditionModel
     k = len(s.widths)-1
     return UNet2DConditionModel(
@@ -130,14 +131,16 @@ def make_text_encoder(
     return CLIPTextModel(CLIPTextConfig(
         vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length, hidden_size=s.dim,
         intermediate_size=4*s.dim, num_hidden_layers=s.layers, num_attention_heads=4, projection_dim=s.dim,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))
 
 # %% ../../nbs/12_scale/03_pipeline.ipynb #f54647b7
 def make_scheduler(): # DDPMScheduler
     "Stable Diffusion's betas, ending in pure noise, and v as the target (see the zero-terminal-SNR chapter)"
     from diffusers import DDPMScheduler
-    return DDPMScheduler(1000, .00085, .012, 'scaled_linear', prediction_type='v_prediction', clip_sample=False,
-                         rescale_betas_zero_snr=True, timestep_spacing='trailing', steps_offset=1)
+    return DDPMScheduler(1000, .00085, .012, 'scaled_linear', prediction_type='v_prediction',
+                         clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing='trailing',
+                         steps_offset=1)
 
 # %% ../../nbs/12_scale/03_pipeline.ipynb #4bb783eb
 def make_parts(
@@ -148,7 +151,8 @@ def make_parts(
     torch.manual_seed(s.seed)
     tok = bpe_tokenizer(data.batch('train', Draws(s.seed, torch.arange(2000))).captions)
     side = data.shape[1]//2**(len(s.vae_widths)-1)
-    return Parts(make_vae(data.shape, s), make_text_encoder(tok, s), make_unet(side, s), tok, make_scheduler())
+    return Parts(make_vae(data.shape, s), make_text_encoder(tok, s), make_unet(side, s), tok,
+                 make_scheduler())
 
 # %% ../../nbs/12_scale/03_pipeline.ipynb #429ad8d3
 @torch.no_grad()
@@ -215,8 +219,10 @@ def fresh_accelerator(
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
     AcceleratorState._reset_state(); GradientState._reset_state()
-    # without cpu=True the processes of a torchrun on CPUs do not find each other: each trains alone and says nothing
-    return Accelerator(cpu=pick_device()=='cpu', gradient_accumulation_steps=s.accumulate, mixed_precision=s.precision)
+    # without cpu=True the processes of a torchrun on CPUs do not find each other: each trains alone and says
+    # nothing
+    return Accelerator(cpu=pick_device()=='cpu', gradient_accumulation_steps=s.accumulate,
+                       mixed_precision=s.precision)
 
 # %% ../../nbs/12_scale/03_pipeline.ipynb #66f2d2e9
 def make_loader(
@@ -225,7 +231,7 @@ def make_loader(
     s:Settings, # batch, accumulate, steps, seed
     processes:int=1, # of the whole job
 ):              # a DataLoader of dict(pixel_values (b c h w), input_ids (b l))
-    "Pictures by their number: no epochs to keep count of, because the data put themselves in a new order (see the data chapter)"
+    "Pictures by their number: there are no epochs to count, the data put themselves in order (data chapter)"
     def collate(numbers):
         b = data.batch('train', Draws(s.seed, torch.tensor(numbers)))
         return dict(pixel_values=b.x, input_ids=tokens(tokenizer, b.captions))
@@ -239,7 +245,7 @@ def drop_captions(
     empty:Tensor,     # (1 l) tokens of the empty caption
     share:float,      # of the captions, 0..1
 )->Tensor:            # (b l)
-    "Each caption by a draw of its own (never the whole batch by one); the empty caption is what guidance will use"
+    "Each caption by a draw of its own, never the whole batch by one; guidance will use the empty caption"
     gone = torch.rand(len(input_ids), 1, device=input_ids.device)<share
     return torch.where(gone, empty, input_ids)
 
@@ -284,7 +290,8 @@ class Run:
         self.parts,self.s,self.acc,self.progress = parts,s,fresh_accelerator(s),Progress()
         set_seed(s.seed, device_specific=True) # else every process would draw the same noise
         n,net = self.acc.num_processes,Drawer(parts.text_encoder, parts.unet).train()
-        opt = torch.optim.AdamW(net.parameters(), lr=s.lr, betas=s.betas, weight_decay=s.weight_decay, eps=s.eps)
+        opt = torch.optim.AdamW(net.parameters(), lr=s.lr, betas=s.betas, weight_decay=s.weight_decay,
+                                eps=s.eps)
         # accelerate moves the learning rate on by n steps at once, so it is told n times as many
         rate = get_scheduler(s.schedule, opt, num_warmup_steps=s.warmup*n, num_training_steps=s.steps*n)
         self.ema = EMAModel(net.parameters(), decay=s.ema_decay, foreach=True)
@@ -299,7 +306,8 @@ class Run:
     )->Tensor:      # ()
         "Encode, add noise, guess v"
         vae,noiser = self.parts.vae,self.parts.scheduler
-        with torch.no_grad(): x0 = vae.encode(batch['pixel_values']).latent_dist.sample()*vae.config.scaling_factor
+        with torch.no_grad():
+            x0 = vae.encode(batch['pixel_values']).latent_dist.sample()*vae.config.scaling_factor
         noise = torch.randn_like(x0)
         t = torch.randint(0, noiser.config.num_train_timesteps, (len(x0),), device=x0.device)
         ids = drop_captions(batch['input_ids'], self.empty, self.s.drop)
@@ -307,7 +315,7 @@ class Run:
         return F.mse_loss(guess.float(), noiser.get_velocity(x0, noise, t).float())
 
     def train(self): # yields an Update a step
-        "The loop; what belongs to an optimizer step happens where sync_gradients says so, not at every micro-batch"
+        "What belongs to an optimizer step happens where sync_gradients says so, not at every micro-batch"
         s,total,start = self.s,0.,time.perf_counter()
         done = self.progress.step*s.accumulate
         for batch in self.acc.skip_first_batches(self.loader, done):
@@ -315,17 +323,21 @@ class Run:
                 loss = self.loss(batch)
                 self.acc.backward(loss) # divides by s.accumulate
                 total += loss.item()/s.accumulate
-                if self.acc.sync_gradients: norm = self.acc.clip_grad_norm_(self.net.parameters(), s.clip).item()
+                if self.acc.sync_gradients:
+                    norm = self.acc.clip_grad_norm_(self.net.parameters(), s.clip).item()
                 lr = self.rate.get_last_lr()[0]
-                self.opt.step(); self.rate.step(); self.opt.zero_grad() # wrapped: they wait for sync_gradients
+                # wrapped: they wait for sync_gradients
+                self.opt.step(); self.rate.step(); self.opt.zero_grad()
             if not self.acc.sync_gradients: continue
             if not math.isfinite(total):
-                raise CourseError(f'the loss of step {self.progress.step+1} is {total}: lower the learning rate')
+                raise CourseError(f'the loss of step {self.progress.step+1} is {total}: '
+                                  'lower the learning rate')
             self.ema.step(self.net.parameters())
             self.progress.step += 1
             self.progress.seconds += time.perf_counter()-start
             images = self.progress.step*s.accumulate*s.batch*self.acc.num_processes
-            yield Update(self.progress.step, images, self.progress.seconds, self.progress.step/s.steps, total, norm, lr)
+            yield Update(self.progress.step, images, self.progress.seconds, self.progress.step/s.steps, total,
+                         norm, lr)
             total,start = 0.,time.perf_counter()
 
     def save(self,
@@ -368,8 +380,8 @@ def as_pipeline(
     _quiet()
     pipe = StableDiffusionPipeline(
         vae=parts.vae, text_encoder=parts.text_encoder, unet=parts.unet, tokenizer=parts.tokenizer,
-        scheduler=DDIMScheduler.from_config(parts.scheduler.config), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False)
+        scheduler=DDIMScheduler.from_config(parts.scheduler.config), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -387,8 +399,10 @@ def painter(
     def draw(captions, seed=0):
         parts = torch.arange(len(captions)).split(batch)
         return torch.cat([pipe(
-            [captions[i] for i in part], latents=Draws(seed, part).normal('start', 4, side, side).to(pipe.device),
-            num_inference_steps=steps, guidance_scale=guidance, output_type='pt', **others).images.float().cpu()*2-1
+            [captions[i] for i in part],
+            latents=Draws(seed, part).normal('start', 4, side, side).to(pipe.device),
+            num_inference_steps=steps, guidance_scale=guidance, output_type='pt',
+            **others).images.float().cpu()*2-1
             for part in parts])
     return draw
 
@@ -406,7 +420,8 @@ def load_pipeline(
 # %% ../../nbs/12_scale/03_pipeline.ipynb #435e7cc6
 # ---- from the command line: accelerate launch -m t2i_course.scale.pipeline ----
 def _option(value): # how an option of this kind is read
-    return (lambda v: tuple(type(value[0])(x) for x in v.split(','))) if isinstance(value, tuple) else type(value)
+    if not isinstance(value, tuple): return type(value)
+    return lambda v: tuple(type(value[0])(x) for x in v.split(','))
 
 # %% ../../nbs/12_scale/03_pipeline.ipynb #b0941910
 def main(
@@ -425,7 +440,8 @@ def main(
     parts = make_parts(data, s)
     acc = fresh_accelerator(s)
     if a.processes not in (None, acc.num_processes):
-        raise CourseError(f'{acc.num_processes} processes were started, not {a.processes}: see the chapter for what works where')
+        raise CourseError(f'{acc.num_processes} processes were started, not {a.processes}: '
+                          'see the chapter for what works where')
     with acc.main_process_first(): # the first one trains the autoencoder, the others read it
         if not (out/'vae').exists():
             train_vae(parts.vae, data, s)
@@ -436,7 +452,8 @@ def main(
     run.acc.print(f'{run.acc.num_processes} processes, {run.acc.distributed_type}, device {run.acc.device}')
     if a.resume and (out/'checkpoint').exists(): run.load(out/'checkpoint')
     for u in run.train():
-        if u.step%50==0: run.acc.print(f'step {u.step}  loss {u.loss:.4f}  |g| {u.grad_norm:.2f}  {u.seconds:.0f} s')
+        if u.step%50==0:
+            run.acc.print(f'step {u.step}  loss {u.loss:.4f}  |g| {u.grad_norm:.2f}  {u.seconds:.0f} s')
         if u.step%a.save_every==0 or u.progress>=1: run.save(out/'checkpoint')
     if run.acc.is_main_process:
         with run.averaged() as averaged: as_pipeline(averaged).save_pretrained(out)
