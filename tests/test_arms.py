@@ -10,10 +10,11 @@ from t2i_course import cli
 from t2i_course.ar import dalle
 from t2i_course.cli import CHAPTERS, main, put, run_chapter
 from t2i_course.codec import dvae, vae, vqvae
-from t2i_course.core.data import CourseError, load
+from t2i_course.core.files import CourseError
+from t2i_course.core.sources import load
 from t2i_course.diffusion import samplers
 from t2i_course.gan import adversarial, biggan, stylegan2, text_gan
-from t2i_course.runs import code_version, kept_arms, measured_numbers, twin, value_at
+from t2i_course.run.arms import code_version, kept_arms, measured_numbers, twin, value_at
 from t2i_course.sweeps.ar import dalle as dalle_sweep
 from tree import ROOT
 

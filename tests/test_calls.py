@@ -10,7 +10,8 @@ import t2i_course
 import torch
 from t2i_course import cli
 from t2i_course.core.conditioning import count_calls
-from t2i_course.core.data import Draws, load, results_path
+from t2i_course.core.data import Draws, results_path
+from t2i_course.core.sources import load
 from t2i_course.diffusion import ddpm, samplers
 
 DRAWN = dict(guidance=1.), dict(guidance=3.), dict(candidates=3), dict(sample_steps=7), dict(guide_below=.5)

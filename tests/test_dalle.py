@@ -7,7 +7,8 @@ from t2i_course.ar.dalle import (Cache, CausalBlock, Counts, Decoder, Palette, P
                                  column_attend, column_mask, conv_mask, dalle_masks, nll, own_colours, recipe_for, row_mask,
                                  sample_codes, tally)
 from t2i_course.core.conditioning import WordTokenizer
-from t2i_course.core.data import Draws, Painted, load
+from t2i_course.core.data import Draws, Painted
+from t2i_course.core.sources import load
 from t2i_course.core.ema import state_for
 from t2i_course.core.training import State, feed, train
 from t2i_course.sweeps.ar import dalle as sweep

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 
 from arms import made
 from t2i_course.core.conditioning import Cond, raw_cond
-from t2i_course.core.data import CourseError, Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.files import CourseError
+from t2i_course.core.sources import load
 from t2i_course.core.ema import state_for
 from t2i_course.core.training import feed, train
 from t2i_course.diffusion.preconditioning import fit_skip

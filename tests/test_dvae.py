@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from t2i_course.codec import dvae
 from t2i_course.codec.dvae import DVAE, UnitQuantizer, ViTVQ, annealed, gumbel, kl_to_uniform, relaxed
-from t2i_course.core.data import Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.core.ema import EMA
 from t2i_course.core.training import State, feed, train
 

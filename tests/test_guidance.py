@@ -7,7 +7,8 @@ import pytest
 import torch
 from arms import made
 from t2i_course.core.conditioning import Cond, WordTokenizer, raw_cond
-from t2i_course.core.data import NUMBERS, Draws, load
+from t2i_course.core.data import NUMBERS, Draws
+from t2i_course.core.sources import load
 from t2i_course.diffusion import guidance
 from t2i_course.diffusion.ddpm import VP, Denoiser, eps, guided, linear_betas, sample, v, x0
 from t2i_course.diffusion.guidance import (BOUND, FIXES, NoisyClassifier, Nulls, both, by_classifier, demanded,

@@ -8,7 +8,8 @@ from t2i_course.ar import parti
 from t2i_course.ar.dalle import Cache, sample_codes
 from t2i_course.codec.vqvae import VQVAE
 from t2i_course.core.conditioning import WordTokenizer
-from t2i_course.core.data import Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.sweeps.ar import parti as sweep
 
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from arms import made
-from t2i_course.core.data import CourseError, Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.files import CourseError
+from t2i_course.core.sources import load
 from t2i_course.core.metrics import evaluate, load_judge
 from t2i_course.scale.pipeline import (TINY, Drawer, Run, Settings, as_pipeline, bpe_tokenizer, drop_captions, fresh_accelerator,
                                        load_pipeline, main, make_parts, make_vae, painter, set_scale, tokens, train_vae)

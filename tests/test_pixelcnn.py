@@ -10,7 +10,8 @@ from t2i_course.ar.pixelcnn import (Causal, Histogram, MaskedConv, PixelCNN, Pla
                                     sees)
 from t2i_course.codec.vqvae2 import Levels
 from t2i_course.core.conditioning import WordBag, WordTokenizer
-from t2i_course.core.data import Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.core.ema import state_for
 from t2i_course.core.metrics import load_judge
 from t2i_course.core.training import feed, train

@@ -4,7 +4,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from t2i_course.core.data import CourseError, Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.files import CourseError
+from t2i_course.core.sources import load
 from t2i_course.core.ema import state_for
 from t2i_course.core.metrics import load_judge, obeys
 from t2i_course.core.training import feed, train

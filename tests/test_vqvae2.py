@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from arms import made
 from t2i_course.codec.vqvae2 import (CodeReader, CodesModel, Levels, VQVAE2, arms, bits, build, measure, one_level, origin,
                                      recipe_for, said_where, swapped)
-from t2i_course.core.data import Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.core.ema import state_for
 from t2i_course.core.metrics import load_judge
 from t2i_course.core.training import feed, train

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.conditioning import Cond, PAD, WordTokenizer, drawn_from
-from ..core.data import Draws, HELD_OUT, Painted, load, origin
+from ..core.data import Draws, HELD_OUT, Painted
+from ..core.sources import load, origin
 from ..core.ema import settle
 from ..codec.vqvae import TwoStage
 from .pixelcnn import guided, pick

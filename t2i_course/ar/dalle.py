@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.conditioning import Block, Cond, PAD, TextEncoder, WordTokenizer, cat, drawn_from
-from ..core.data import Draws, load
+from ..core.data import Draws
+from ..core.sources import load
 from ..core.ema import settle
 from ..core.training import Turn
 from ..codec.vqvae import TwoStage, VQVAE, VectorQuantizer

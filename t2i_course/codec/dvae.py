@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.conditioning import Block, WordTokenizer
-from ..core.data import Draws, load
+from ..core.data import Draws
+from ..core.sources import load
 from ..core.ema import train_arm
 from ..core.metrics import at_most, evaluate, judge_for, reference
 from ..core.training import has_bf16, everyone

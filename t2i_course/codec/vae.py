@@ -21,7 +21,9 @@ from safetensors.torch import load as from_bytes, save as to_bytes
 from torch import nn, Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..core.conditioning import WordTokenizer
-from ..core.data import Batch, CourseError, Draws, check_split, in_epochs, load, not_written, origin
+from ..core.data import Batch, Draws, check_split, in_epochs
+from ..core.files import CourseError, not_written
+from ..core.sources import load, origin
 from ..core.ema import train_arm
 from ..core.metrics import (SEED, at_most, distinct, evaluate, fingerprint, judge_for, load_judge, obedience, reference,
                                      train_judge)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from .vae import CodecModel, Decoder, Encoder
 from ..core.conditioning import WordTokenizer, count_calls, drawn_from
-from ..core.data import Draws, load
+from ..core.data import Draws
+from ..core.sources import load
 from ..core.ema import settle, train_arm
 from ..core.metrics import at_most, evaluate, judge_for, reference
 from ..core.training import Turn, has_bf16, everyone, pick_device

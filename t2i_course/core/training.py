@@ -10,11 +10,13 @@ __all__ = ['ALONE', 'Record', 'warm_linear', 'feed', 'State', 'pick_device', 'Tu
 import math, os, sys, time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn, Tensor
-from .data import Draws, CourseError
+from .data import Draws
+from .files import CourseError, load_tensors, save_tensors
 
 # %% ../../nbs/01_core/03_training.ipynb #3bc56c10
 class Record(NamedTuple):
@@ -137,6 +139,34 @@ class Alone:
     def wait(self): pass                                # until all have come so far
     def close(self): pass                               # the last call
     def micro(self, last:bool): return nullcontext()    # around a micro-batch; gradients meet after the last of a step
+
+    def save(self,
+        state:State,     # of a run
+        run:Path,        # its folder
+        note:dict,       # JSON values: which settings the run has
+        extra:dict=None, # further tensors of the run
+    ):
+        "One file, written whole"
+        tensors = state.tensors()|{f'extra.{k}':v for k,v in (extra or {}).items()}
+        save_tensors(run/'checkpoint.safetensors', tensors, **note, **state.numbers())
+
+    def load(self,
+        state:State, # fresh, of the same network
+        run:Path,    # its folder
+        fits,        # fits(note): was it saved with these settings?
+    )->dict:         # the extra tensors; None when there is no checkpoint yet
+        "Take up the checkpoint of a run"
+        path = run/'checkpoint.safetensors'
+        if not path.exists(): return None
+        tensors,note = load_tensors(path)
+        if not fits(note):
+            raise CourseError(f'{path} belongs to a run with other settings. Resume with the settings in '
+                              f'{run}/config.json, or train into another folder.')
+        try: state.load(tensors, note)
+        except (KeyError, RuntimeError, ValueError) as e:
+            why = str(e).splitlines()[0]
+            raise CourseError(f'{path} belongs to another network ({why}). Train into another folder.') from e
+        return {k[6:]:v for k,v in tensors.items() if k.startswith('extra.')}
 
 ALONE = Alone()
 

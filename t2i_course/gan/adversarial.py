@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.conditioning import Cond, TextEncoder, WordBag, WordTokenizer, cat, drawn_from, raw_cond
-from ..core.data import Batch, CourseError, Digits, Draws, Labelled, Painted, load
+from ..core.data import Batch, Digits, Draws, Labelled, Painted
+from ..core.files import CourseError
+from ..core.sources import load
 from ..core.ema import state_for
 from ..core.metrics import at_most, evaluate, load_judge, reference
 from ..core.plots import COLOURS, DPI, Figure, canvas

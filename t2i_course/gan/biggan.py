@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.conditioning import Cond, WordTokenizer, drawn_from
-from ..core.data import Draws, Labelled, load
+from ..core.data import Draws, Labelled
+from ..core.sources import load
 from ..core.ema import state_for, train_arm
 from ..core.metrics import at_most, evaluate, frechet, load_judge, precision_recall, reference
 from ..core.training import Turn, feed, has_bf16, pick_device, train

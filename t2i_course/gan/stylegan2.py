@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.conditioning import Cond, WordTokenizer, cat, drawn_from
-from ..core.data import Batch, Digits, Draws, INKS, Labelled, NUMBERS, Painted, load, n_tokens
+from ..core.data import Batch, Digits, Draws, INKS, Labelled, NUMBERS, Painted, n_tokens
+from ..core.sources import load
 from ..core.ema import train_arm
 from ..core.metrics import at_most, evaluate, frechet, load_judge, reference
 from ..core.training import Turn, has_bf16, pick_device

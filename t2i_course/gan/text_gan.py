@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.conditioning import Cond, PAD, WordTokenizer, cat, drawn_from
-from ..core.data import Draws, Labelled, Painted, load
+from ..core.data import Draws, Labelled, Painted
+from ..core.sources import load
 from ..core.ema import settle, train_arm
 from ..core.metrics import at_most, evaluate, judge_for, reference
 from ..core.training import Turn, has_bf16, pick_device

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'Ranks', 'units', 'parallelize', 'local', 'whole', 'shard_bytes', 'held', 'checkpoints', 'save_sharded',
-           'load_sharded', 'trial', 'trials', 'launch', 'apart']
+           'load_sharded', 'One', 'trial', 'trials', 'launch', 'apart']
 
 # %% ../../nbs/12_scale/02_fsdp.ipynb #6c7754a4
 import json, os, shutil, subprocess, sys
@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import nn, Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
-from ..core.data import CourseError, load
+from ..core.files import CourseError, write_json
+from ..core.sources import load
 from ..core.ema import state_for
-from ..core.training import ALONE, feed, train
+from ..core.training import ALONE, Alone, feed, train
 from ..diffusion.ddpm import build, recipe
 
 # %% ../../nbs/12_scale/02_fsdp.ipynb #9ac61493
@@ -67,6 +68,13 @@ class Ranks:
 
     def whole(self, t:Tensor)->Tensor: return whole(t)
     def wait(self): dist.barrier()
+    def save(self, state, run, note:dict, extra:dict=None): save_sharded(state, run, note, extra)
+    def load(self, state, run, fits)->dict:
+        "The newest checkpoint that processes wrote together; one that a single process wrote is refused"
+        path = run/'checkpoint.safetensors'
+        if path.exists() and not checkpoints(run):
+            raise CourseError(f'{path} was written by a single process: go on without torchrun, or train into another folder.')
+        return load_sharded(state, run, fits)
     def close(self):
         "All leave together: one that goes early takes its connections away from the others"
         dist.barrier()
@@ -180,7 +188,7 @@ def save_sharded(
     folder,first = Path(run)/f'checkpoint-{state.images}',not dist.is_initialized() or dist.get_rank()==0
     if first:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder/'run.json').write_text(json.dumps(state.numbers()|(note or {})), encoding='utf-8')
+        write_json(folder/'run.json', state.numbers()|(note or {}))
     dcp.save(_parts(state)|dict(extra=extra or {}), checkpoint_id=folder)
     if first:
         for old in checkpoints(run)[:-keep]: shutil.rmtree(old, ignore_errors=True)
@@ -189,7 +197,7 @@ def save_sharded(
 def load_sharded(
     state,           # a fresh State of the same network, sharded in any way or not at all
     run,             # run folder
-    note:dict=None,  # as at `save_sharded`; another one is refused
+    fits=None,       # fits(note): was it saved with these settings?
 )->dict:             # the extra tensors; None where there is no checkpoint
     "Take up the newest whole checkpoint: saved by four processes, read by two, or by one"
     import torch.distributed.checkpoint as dcp
@@ -197,10 +205,8 @@ def load_sharded(
     found = checkpoints(run)
     if not found: return None
     numbers = json.loads((found[-1]/'run.json').read_text(encoding='utf-8'))
-    other = [k for k,v in (note or {}).items() if numbers.get(k)!=v]
-    if other:
-        raise CourseError(f"{found[-1]} belongs to another run ({', '.join(other)}). "
-                          'Train into another folder.')
+    if fits and not fits(numbers):
+        raise CourseError(f'{found[-1]} belongs to another run. Train into another folder.')
     meta,parts = dcp.FileSystemReader(found[-1]).read_metadata().state_dict_metadata,_parts(state)
     parts['extra'] = {k[6:]:torch.empty(v.size, dtype=v.properties.dtype)
                       for k,v in meta.items() if k.startswith('extra.')}
@@ -213,6 +219,11 @@ def load_sharded(
     for k in ('step','images','seconds'): setattr(state, k, numbers[k])
     if numbers['scaler']: state.scaler.load_state_dict(numbers['scaler'])
     return parts['extra']
+
+class One(Alone):
+    "A single process that goes on with what several have saved, and saves as they do"
+    def save(self, state, run, note:dict, extra:dict=None): save_sharded(state, run, note, extra)
+    def load(self, state, run, fits)->dict: return load_sharded(state, run, fits)
 
 # %% ../../nbs/12_scale/02_fsdp.ipynb #34d2602e
 # ---- the same small run on any number of processes ----

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.utils.data import DataLoader
 from ..core.conditioning import raw_cond
-from ..core.data import CourseError, Draws, load
+from ..core.data import Draws
+from ..core.files import CourseError
+from ..core.sources import load
 from ..core.ema import EMA
 from ..core.metrics import judge_for
 from ..core.training import State, has_bf16, pick_device, train

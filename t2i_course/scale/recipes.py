@@ -23,7 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from ..core.conditioning import Cond, raw_cond
-from ..core.data import Batch, CourseError, Draws, check_split, is_path, load, not_written
+from ..core.data import Batch, Draws, check_split
+from ..core.files import CourseError, not_written
+from ..core.sources import is_path, load
 from ..core.metrics import fingerprint
 from .fsdp import shard_bytes, units
 

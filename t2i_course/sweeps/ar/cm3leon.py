@@ -6,7 +6,8 @@ from functools import cache, lru_cache, partial
 import torch
 
 from t2i_course.ar.cm3leon import CM3Leon, Recoloured, build, recipe_for
-from t2i_course.core.data import Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
 from t2i_course.core.metrics import evaluate, judge_for, reference
 from t2i_course.core.training import has_bf16

@@ -18,7 +18,8 @@ from t2i_course.ar.dalle import (
     sample_codes,
     split_nll,
 )
-from t2i_course.core.data import Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
 from t2i_course.core.metrics import at_most, evaluate, load_judge, reference
 from t2i_course.core.training import has_bf16, pick_device

@@ -7,7 +7,7 @@ import torch
 
 from t2i_course.ar.parti import ARMS, build, coded, held_out_nll, make_prior, recipe_for
 from t2i_course.codec.vqvae import TwoStage
-from t2i_course.core.data import load
+from t2i_course.core.sources import load
 from t2i_course.core.ema import EMA, train_arm
 from t2i_course.core.metrics import evaluate, judge_for, reference
 from t2i_course.core.training import State, has_bf16, train

@@ -17,7 +17,8 @@ from t2i_course.ar.pixelcnn import (
     recipe_for,
 )
 from t2i_course.codec.vqvae2 import CodesModel, Levels
-from t2i_course.core.data import Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
 from t2i_course.core.metrics import at_most, evaluate, judge_for, reference
 from t2i_course.core.training import has_bf16, pick_device

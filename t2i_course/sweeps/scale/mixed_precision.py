@@ -5,7 +5,7 @@ from functools import cache, lru_cache, partial
 
 import torch
 
-from t2i_course.core.data import load
+from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
 from t2i_course.core.metrics import evaluate, load_judge, reference
 from t2i_course.core.training import has_bf16, pick_device

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from t2i_course.codec.vae import psnr
-from t2i_course.core.data import Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.core.metrics import at_most, evaluate, judge_for, obedience
 from t2i_course.scale.pipeline import TINY, Run, Settings, as_pipeline, make_parts, painter, train_vae
 
