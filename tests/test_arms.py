@@ -19,6 +19,7 @@ from t2i_course.run.arms import code_version, kept_arms, measured_numbers, twin,
 from t2i_course.sweeps.codec import dvae as dvae_sweep, vae as vae_sweep, vqvae as vqvae_sweep
 from t2i_course.sweeps.gan import (adversarial as adversarial_sweep, biggan as biggan_sweep, stylegan2 as stylegan2_sweep,
                                    text_gan as text_gan_sweep)
+from t2i_course.sweeps.ar import dalle as dalle_sweep
 from tree import ROOT
 
 
@@ -278,14 +279,14 @@ def test_points_of_a_sweep_are_different_ones(scale):
 
 def test_the_early_arms_are_early(monkeypatch):
     "They get their share of the pictures, and come out otherwise than the arms that are trained to the end."
-    images, arm = {}, dalle.fit_arm
+    images, arm = {}, dalle_sweep.fit_arm
 
     def watched(codec, tok, data, config, n, seed, precision):
         images[config["counts"], n] = True
         return arm(codec, tok, data, config, n, seed, precision)
-    monkeypatch.setattr(dalle, "fit_arm", watched)
-    monkeypatch.setitem(dalle.SWEEP, "smoke", dalle.SWEEP["smoke"] | dict(images=64, arm=320))
-    makers = dict(dalle.experiments("smoke", (0,)))
+    monkeypatch.setattr(dalle_sweep, "fit_arm", watched)
+    monkeypatch.setitem(dalle_sweep.SWEEP, "smoke", dalle_sweep.SWEEP["smoke"] | dict(images=64, arm=320))
+    makers = dict(dalle_sweep.experiments("smoke", (0,)))
     found = {k: makers[f"arms.{k}.0"]() for k in ("dense", "early", "counted", "early_counted")}
     assert set(images) == {(False, 320), (False, 32), (True, 320), (True, 32)}
     for late, early in (("dense", "early"), ("counted", "early_counted")):
@@ -308,7 +309,7 @@ CHANGES = [(m, d, k, c) for m, d, by in (
     (dvae, "painted", {k: dict(kind=k) for k in dvae.KINDS}), (text_gan, "painted", text_gan_sweep.ARMS),
     (biggan, "digits", biggan_sweep.ARMS), (adversarial, "digits", adversarial.KINDS),
     (adversarial, "digits", adversarial_sweep.PENALTIES),
-    (dalle, "painted", {k: c for k, (_, c) in dalle.ARMS.items()})) for k, c in by.items()]
+    (dalle, "painted", {k: c for k, (_, c) in dalle_sweep.ARMS.items()})) for k, c in by.items()]
 
 
 @pytest.mark.parametrize("module,data,arm,change", CHANGES, ids=[f"{m.__name__.split('.')[-1]}-{k}" for m, _, k, _ in CHANGES])
