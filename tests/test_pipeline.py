@@ -13,7 +13,6 @@ from t2i_course.scale import pipeline
 from t2i_course.scale.pipeline import (SWEEP, TINY, Drawer, Run, Settings, as_pipeline, bpe_tokenizer, drop_captions, fresh_accelerator,
                                        load_pipeline, main, make_parts, make_vae, ours, painter, set_scale, tokens, train_vae)
 
-pytest.importorskip("diffusers")
 DATA = load("digits")
 S = Settings(**TINY | dict(steps=6, batch=4, accumulate=2, warmup=2, lr=1e-3, schedule="linear"))
 
