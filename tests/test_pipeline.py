@@ -16,7 +16,6 @@ from t2i_course.scale.pipeline import (TINY, Drawer, Run, Settings, as_pipeline,
 from t2i_course.sweeps.scale import pipeline as sweep
 from t2i_course.sweeps.scale.pipeline import SWEEP, ours
 
-pytest.importorskip("diffusers")
 DATA = load("digits")
 S = Settings(**TINY | dict(steps=6, batch=4, accumulate=2, warmup=2, lr=1e-3, schedule="linear"))
 
