@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 import numpy as np
 import torch
-from .data import CourseError
+from .files import CourseError
 from .training import has_bf16, pick_device
 from .ema import train_arm
 from .metrics import at_most, evaluate, judge_for, reference
