@@ -6,7 +6,7 @@
 __all__ = ['NUMBERS', 'INKS', 'PAPERS', 'WEIGHTS', 'LEANS', 'EDGE', 'STROKE', 'HELD_OUT', 'ATTRIBUTES', 'Batch', 'mix', 'Draws',
            'glyphs', 'glyph_split', 'enlarge', 'stroke_width', 'level', 'slant', 'warp', 'draw_masks', 'paint',
            'kind_of', 'split_words', 'n_tokens', 'check_split', 'an', 'Painted', 'PaintedTwo', 'in_epochs', 'Labelled',
-           'Digits', 'scale', 'dial', 'results_path', 'results']
+           'Digits', 'Wrapped', 'scale', 'dial', 'results_path', 'results']
 
 # %% ../../nbs/01_core/01_data.ipynb #10f37af7
 import json, math, os, re, unicodedata
@@ -26,6 +26,7 @@ class Batch(NamedTuple):
     captions: list     # b strings
     attrs: dict        # name -> (b) int64, what the picture shows
     named: dict        # name -> (b) bool, what the caption says of it
+    more: dict = {}    # name -> (b ...), what else is known of the pictures: masks, edges, instances
 
 # %% ../../nbs/01_core/01_data.ipynb #f803e579
 _GOLDEN,_M1,_M2 = 0x9E3779B97F4A7C15,0xBF58476D1CE4E5B9,0x94D049BB133111EB
@@ -54,8 +55,9 @@ class Draws:
         seed:int,     # seed of the run
         index:Tensor, # (b) int64, global index of each image
         device='cpu', # where the numbers are made
+        progress:float=0., # share of the run that is done, in training; the same on all processes, and after a resume
     ):
-        self.seed,self.index,self.device = seed,index,device
+        self.seed,self.index,self.device,self.progress = seed,index,device,progress
     def __len__(self): return len(self.index)
 
     def bits(self,
@@ -304,7 +306,7 @@ class Painted:
     name,shape,fingerprint = 'painted',(3,32,32),'painted-1' # another number when the pictures change
     attributes = ATTRIBUTES
     words = tuple('a an digit leaning on'.split())+tuple(NUMBERS)+tuple(INKS)+tuple(PAPERS)+WEIGHTS+('left','right')
-    splits = ('train','test','heldout','judge')
+    splits,group = ('train','test','heldout','judge'),1
     source = "scikit-learn digits, split 4:1 by glyph; 8 digit x ink pairs held out"
     size = n_tokens('a bold red seven leaning left on pink')
 
@@ -361,7 +363,7 @@ class PaintedTwo:
     attributes = dict(digit_left=tuple(NUMBERS), ink_left=tuple(INKS), digit_right=tuple(NUMBERS),
                       ink_right=tuple(INKS), paper=tuple(PAPERS))
     words = tuple('a an digit left right of on'.split())+tuple(NUMBERS)+tuple(INKS)+tuple(PAPERS)
-    splits,source = Painted.splits,Painted.source
+    splits,source,group = Painted.splits,Painted.source,1
     size = n_tokens('a red two left of a blue seven on white')
 
     def batch(self,
@@ -435,7 +437,7 @@ class Labelled:
     "A finite set of pictures with one label each, which the caption says; a subclass has pictures(split, i, draws)"
     attribute,anything = 'digit','a handwritten digit' # name of the label; the caption that does not say it
     sayings = tuple(f'a handwritten {w}' for w in NUMBERS)
-    names = tuple(NUMBERS)
+    names,group = tuple(NUMBERS),1
     def __init__(self,
         name:str,    # of the data set
         shape:tuple, # c, h, w of a picture
@@ -490,6 +492,22 @@ class Digits(Labelled):
         a,s = math.radians(5)*j[:,0],36/16*(1+.05*j[:,1])
         inv = torch.stack([a.cos(), a.sin(), -a.sin(), a.cos()], 1).view(-1,2,2)*s[:,None,None]
         return warp(_drawn()['field'][self.glyph[split][i]], inv, .5*j[:,2:], 16)[:,None].clamp(0,1)*2-1
+
+# %% ../../nbs/01_core/01_data.ipynb #b91c5e02
+class Wrapped:
+    "Another data set with something changed; what a subclass does not say is asked of that one"
+    def __init__(self,
+        data, # captioned pictures
+    ): self.data = data
+    def __getattr__(self, name:str):
+        if name=='data' or name.startswith('__'): raise AttributeError(name) # not there yet, when a copy is made
+        return getattr(self.data, name)
+    def batch(self,
+        split:str,   # one of its splits
+        draws:Draws, # the random numbers of these images
+    )->Batch:
+        "Those of the other data set"
+        return self.data.batch(split, draws)
 
 # %% ../../nbs/01_core/01_data.ipynb #9686b81f
 def scale()->str: # smoke, demo or full

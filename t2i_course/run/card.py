@@ -11,8 +11,9 @@ from t2i_course.core.sources import load
 from t2i_course.run.arms import code_version, make_arms
 from t2i_course.run.demo import PROMPTS
 from t2i_course.run.model import Model
-from t2i_course.run.register import CHAPTERS, RECIPES, module
+from t2i_course.run.register import RECIPES, module
 from t2i_course.run.rows import measured_rows
+from t2i_course.sweeps.capstone.report_card import experiments
 
 
 def report_card(
@@ -22,7 +23,7 @@ def report_card(
     seconds,  # training time of each
 ):
     "Every recipe that stands for a paradigm, with the same clock; pictures of the first seed beside numbers"
-    from t2i_course.capstone.report_card import drawing_flops, experiments, training_memory, variety
+    from t2i_course.capstone.report_card import drawing_flops, training_memory, variety
     from t2i_course.core.metrics import load_judge
     from t2i_course.core.plots import mosaic
 
@@ -46,7 +47,7 @@ def report_card(
         return Model(work / f"{recipe}-painted-{seconds:g}s-{seeds[0]}").draw(PROMPTS)
 
     paradigms = {r: p for r in RECIPES if (p := getattr(module(r), "PARADIGM", None))}
-    head = head | dict(code=code_version(CHAPTERS["report_card"], *(RECIPES[r] for r in paradigms)))
+    head = head | dict(code=code_version(experiments.__module__, *(RECIPES[r] for r in paradigms)))
     arms = [(f"row.{r}", partial(row, r, p)) for r, p in paradigms.items()]
     make_arms(
         arms + list(experiments(current_scale(), seeds)),

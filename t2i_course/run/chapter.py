@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from t2i_course.core.data import scale as current_scale
@@ -10,7 +11,7 @@ from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.run.arms import code_version, make_arms
 from t2i_course.run.card import report_card
 from t2i_course.run.demo import demo
-from t2i_course.run.register import CHAPTERS, module
+from t2i_course.run.register import sweep
 from t2i_course.run.rows import measured_rows
 from t2i_course.run.stamp import result_file, stamp
 
@@ -25,7 +26,8 @@ def run_chapter(
     name = chapter.split("_", 1)[1] if chapter[:2].isdigit() and "_" in chapter else chapter
     if name == "demo":
         return demo_row(result_file(out, "demo"), seconds)
-    mod = module(name, CHAPTERS)
+    address = sweep(name)
+    mod = import_module(address)
     if name == "metrics":
         return mod.make_judges(out)
     path = result_file(out, name)
@@ -34,7 +36,7 @@ def run_chapter(
     head = (
         stamp(name, seeds)
         | (dict(seconds=seconds) if rows or name == "report_card" else {})
-        | dict(code=code_version(CHAPTERS[name]))
+        | dict(code=code_version(address))
     )
     if name == "report_card":
         return report_card(head, path, seeds, seconds)

@@ -1,6 +1,7 @@
 """Which recipes and chapters there are, and their modules."""
 
 from importlib import import_module
+from importlib.util import find_spec
 
 from t2i_course.core.files import CourseError
 
@@ -34,3 +35,13 @@ def module(name: str, table: dict = RECIPES):
     if name not in table:
         raise CourseError(f"there is no '{name}': choose {', '.join(table)}")
     return import_module(table[name])
+
+
+def sweep(
+    name: str,  # of a chapter
+) -> str:  # the module with its long measurements: at its address below sweeps
+    "The address of a sweep"
+    if name not in CHAPTERS:
+        raise CourseError(f"there is no '{name}': choose {', '.join(CHAPTERS)}")
+    path = CHAPTERS[name].replace("t2i_course.", "t2i_course.sweeps.", 1)
+    return path if find_spec(path.rpartition(".")[0]) and find_spec(path) else CHAPTERS[name]
