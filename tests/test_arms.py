@@ -14,6 +14,7 @@ from t2i_course.core.data import CourseError, load
 from t2i_course.diffusion import samplers
 from t2i_course.gan import adversarial, biggan, stylegan2, text_gan
 from t2i_course.runs import code_version, kept_arms, measured_numbers, twin, value_at
+from t2i_course.sweeps.diffusion import samplers as sweep
 from tree import ROOT
 
 SWEEPS = [name for name, path in CHAPTERS.items() if hasattr(import_module(path), "experiments")]
@@ -260,7 +261,7 @@ def test_what_may_agree_is_a_short_list():
 def test_points_of_a_sweep_are_different_ones(scale):
     "Two numbers of calls can be the same number of Heun steps; at psi 1 it does not matter where w would be pulled."
     for sampler in samplers.SAMPLERS.values():
-        steps = [samplers.steps_for(sampler, n) for n in samplers.SWEEP[scale]["nfe"]]
+        steps = [samplers.steps_for(sampler, n) for n in sweep.SWEEP[scale]["nfe"]]
         assert len(set(steps)) == len(steps), steps
     assert set(stylegan2.SWEEP[scale]["psi"]) - {1.}
 

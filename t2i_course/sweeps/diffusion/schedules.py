@@ -1,4 +1,4 @@
-"The sweeps of the schedules chapter: training on each schedule, leaving out first steps, drawing on another's steps."
+"The sweeps of the schedules chapter: each schedule, without its first steps, and drawn on another's steps."
 
 import time
 from functools import lru_cache, partial
@@ -60,7 +60,7 @@ def experiments(
     scale: str = "demo",  # smoke, demo or full
     seeds=(0, 1),  # of weights, data and start noise
 ):  # yields ('key.path', make), and make() gives the value
-    "The same network on each schedule; linear and cosine without their first steps, and drawn on each other's"
+    "The same network on each schedule; linear and cosine without first steps, and on each other's"
     s, processes = SWEEP[scale], schedules()
     precision = "bf16" if has_bf16(pick_device()) else "fp32"
     worlds = dict(
