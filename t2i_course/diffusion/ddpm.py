@@ -22,7 +22,7 @@ from ..core.data import Draws
 def linear_betas(
     n_steps:int=1000, # steps of the chain, more than 20
 )->Tensor:            # (n_steps) float64 noise variances
-    "beta_1=1e-4 to beta_T=0.02, both ends included (Ho et al. 2020, section 4), the ends rescaled for another T"
+    "beta_1=1e-4 to beta_T=0.02, both ends included (Ho et al. 2020, section 4), rescaled for another T"
     k = 1000/n_steps
     return torch.linspace(1e-4*k, .02*k, n_steps, dtype=torch.float64)
 
@@ -41,7 +41,7 @@ class VP:
         betas:Tensor, # (T) noise variance of each step
     ):
         self.betas = betas
-        log_abar = torch.log1p(-betas.double()).clamp_min(-1e4).cumsum(0) # a beta of 1 leaves alpha = 0, not NaN
+        log_abar = torch.log1p(-betas.double()).clamp_min(-1e4).cumsum(0) # a beta of 1: alpha = 0, not NaN
         self.log_abar = torch.cat([log_abar.new_zeros(1), log_abar]) # (T+1), entry i: after i steps
         self.n_steps = len(betas)
     def abar(self, i:Tensor)->Tensor: # alpha-bar after i steps, i in 0..T
@@ -325,14 +325,15 @@ def guided(
     below:float=1., # guide only while t is at most this
     boost:float=1., # with a skip: see `Denoiser.predict`
 )->object:          # predict(x_t, t) -> x0_hat, eps_hat
-    "Classifier-free guidance, u + w (c - u): Stable Diffusion's w, one larger than in Ho and Salimans 2022, eq. 6"
+    "Classifier-free guidance, u + w (c - u): Stable Diffusion's w, one more than in Ho and Salimans 2022"
     null = den.null.map(lambda f: f.expand(len(cond), *f.shape[1:]))
     if w==0: cond,w = null,1. # nothing of the caption, outside the interval too
     both = cat(cond, null)
     def predict(x_t, t):
         far = boost if t[0]>above else 1.
         if w==1 or not above<t[0]<=below: return den.predict(x_t, t, cond, far)
-        (xc,xu),(ec,eu) = (o.chunk(2) for o in den.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both, far))
+        out = den.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both, far)
+        (xc,xu),(ec,eu) = (o.chunk(2) for o in out)
         x0,eps = xu+w*(xc-xu),eu+w*(ec-eu)
         if hold: x0 = x0.clamp(xc.amin((2,3), keepdim=True), xc.amax((2,3), keepdim=True))
         return x0,eps
@@ -360,7 +361,7 @@ def drawer(
     walk = sampler or partial(sample, eta=eta, large=large, clamp=clamp)
     def paint(cond, draws):
         c = den.process.coefs(torch.as_tensor(ts[:1], dtype=torch.float32, device=draws.device))
-        start = draws.normal('start', *shape)*(c.alpha**2+c.sigma**2).sqrt() # what data of variance 1 would be there
+        start = draws.normal('start', *shape)*(c.alpha**2+c.sigma**2).sqrt() # as of data of variance 1
         predict = guide(den, cond) if guide else guided(den, cond, w, above, hold, below, boost)
         *_,x = walk(predict, den.process, start, ts, draws=draws)
         return x
@@ -383,7 +384,7 @@ def vlb_weight(
     "The bound's weight on the error of eps: T/2 (SNR(s)/SNR(t) - 1), s one step before t (arXiv:2107.00630)"
     i = (t.detach().cpu().double()*process.n_steps).ceil().long().clamp(1, process.n_steps)
     now,before = process.abar(i),process.abar(i-1)
-    ratio = torch.where(i>1, before/(1-before)*(1-now)/now, 1+1/now) # step 1, the decoder, has variance beta_1
+    ratio = torch.where(i>1, before/(1-before)*(1-now)/now, 1+1/now) # step 1, the decoder: variance beta_1
     return (process.n_steps/2*(ratio-1)).to(t.device, torch.float32)
 
 def weighted(
@@ -402,7 +403,7 @@ def bits_per_dim(
     draws:Draws, # random numbers of these samples
     n:int=32,    # times a picture at which the bound is looked at
 )->Tensor:       # (b)
-    "An upper bound on the negative log-likelihood with the posterior's variance (Ho et al. 2020, eq. 5 and 13)"
+    "An upper bound on the negative log-likelihood, with the posterior's variance (Ho et al. 2020, eq. 5, 13)"
     T = den.process.n_steps
     x0 = ((x0+1)*127.5).round()/127.5-1
     def error(i, stream):

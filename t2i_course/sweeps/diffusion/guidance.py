@@ -1,4 +1,4 @@
-"The sweeps of the guidance chapter: both kinds of guidance, dropout rates, nulls, spans, saturation and remedies."
+"The sweeps of the guidance chapter: both kinds of guidance, dropout, nulls, spans, saturation, remedies."
 
 import copy
 import time
