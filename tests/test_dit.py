@@ -13,7 +13,6 @@ from t2i_course.core.training import feed, train
 from t2i_course.diffusion.preconditioning import fit_skip
 from t2i_course.sweeps.transformer import dit as sweep
 from t2i_course.sweeps.transformer.dit import build_unet
-from t2i_course.transformer import dit
 from t2i_course.transformer.dit import (
     DiT, WAYS, ZeroBlock, attend, build, counted_macs, from_diffusers, macs, n_params, patchify,
     positions, published, recipe_for, time_waves, to_diffusers, unpatchify)
@@ -151,7 +150,7 @@ def test_there_and_back(reference):
 def test_blocks_with_embedders_of_their_own_are_refused(reference):
     theirs = {k: w.clone() for k, w in reference.state_dict().items()}
     theirs["transformer_blocks.2.norm1.emb.class_embedder.embedding_table.weight"][0, 0] += 1
-    with pytest.raises(CourseError, match="share one embedder"): from_diffusers(reference.config, theirs)
+    with pytest.raises(CourseError, match="share an embedder"): from_diffusers(reference.config, theirs)
 
 
 # ---- the start ----

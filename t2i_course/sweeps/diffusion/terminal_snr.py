@@ -1,4 +1,4 @@
-"The sweep of the terminal SNR chapter: how bright each schedule, target, spacing and offset lets a drawing be."
+"The sweep of the terminal SNR chapter: how bright a drawing each schedule, target, spacing and offset allows."
 
 import time
 from functools import lru_cache, partial
