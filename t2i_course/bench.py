@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from t2i_course.core.conditioning import Cond
-from t2i_course.core.data import CourseError, Draws, load, scale
+from t2i_course.core.data import Draws, scale
+from t2i_course.core.files import CourseError, write_json
+from t2i_course.core.sources import load
 from t2i_course.core.metrics import broken_strokes, frechet, judge_for, obedience, precision_recall
 from t2i_course.core.ema import EMA
 from t2i_course.core.training import State, feed, has_bf16, train
 from t2i_course.diffusion.ddpm import UNet
-from t2i_course.runs import write_json
 
 BAR = dict(accuracy=.98, fd_floors=4.4) # what "good" is, for the time it takes to get there
 BUDGETS = dict(ours=(2.5, 5., 15., 60., 240.), plain=(15., 25., 60.)) # seconds

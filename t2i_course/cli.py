@@ -8,13 +8,16 @@ from importlib import import_module, metadata
 from pathlib import Path
 import numpy as np
 import torch
-from t2i_course.core.data import CourseError, Draws, is_path, load, results_path, scale as current_scale, split_words
+from t2i_course.core.data import Draws, results_path, scale as current_scale, split_words
+from t2i_course.core.files import CourseError, between, load_tensors, save_tensors, say, write_json, write_whole
+from t2i_course.core.sources import is_path, load
 from t2i_course.core.ema import state_for
 from t2i_course.core.training import ALONE, feed, has_bf16, pick_device, spent, train
-from t2i_course.runs import (Stopped, belongs, code_version, codec_place, codec_run, config_hash, cut_log, follow, kept_arms,
-                             load_tensors, model_hash, one_writer, read_config, same_threads, save_tensors, seen_from, twin,
-                             undisturbed, write_json, write_whole)
-from t2i_course.runs import resume as take_up
+from t2i_course.core.guards import Stopped, one_writer, same_threads, undisturbed
+from t2i_course.core.runs import (belongs, codec_place, codec_run, config_hash, cut_log, follow, model_hash,
+                                  read_config, seen_from)
+from t2i_course.run.arms import code_version, make_arms, put
+from t2i_course.core.runs import resume as take_up
 
 def at(part, *names)->dict: return {name:f't2i_course.{part}.{name}' for name in names}
 
@@ -41,23 +44,10 @@ OPTIONS = dict(steps=(1,1000,True), guidance=(0,50,False), temperature=(0,10,Fal
                candidates=(1,1000,True))
 KEYS = dict(steps='sample_steps') # where the config calls an option by another name
 
-def say(text=''):
-    "A line on standard error; a letter that the terminal has no code for is written as a number"
-    code = getattr(sys.stderr, 'encoding', None) or 'utf-8'
-    print(str(text).encode(code, 'backslashreplace').decode(code), file=sys.stderr, flush=True)
-
 def module(name:str, table:dict=RECIPES):
     "The module of a recipe or chapter"
     if name not in table: raise CourseError(f"there is no '{name}': choose {', '.join(table)}")
     return import_module(table[name])
-
-def between(value, low, high, name:str, whole:bool=False):
-    "A number in its range, or a sentence that says the range"
-    if value is None: return None
-    if isinstance(value, float) and math.isnan(value) or not low<=value<=high:
-        kind = 'a whole number ' if whole else ''
-        raise CourseError(f"{name} must be {kind}from {low:g} to {high:g}; got {value:g}")
-    return value
 
 def open_data(
     name,      # a data set, a folder of captioned images, or a folder made by t2i prepare
@@ -175,7 +165,8 @@ def train_run(
     between(seed, 0, 2**62, '--seed', whole=True)
     given = dict(recipe=recipe, data=data, scale=scale, seconds=seconds, images=images, seed=seed, precision=precision,
                  changes=changes, codec=codec, size=size)
-    out,ranks = Path(out or default_run(recipe, data, seed)),sharers(shard)
+    out = Path(out or default_run(recipe, data, seed))
+    ranks = sharers(shard, out)
     if ranks.rank: # process 0 has written the config, or has stopped with a sentence
         ranks.wait()
         fit_run(out, read_config(out), quiet, save_every, ranks, shard, **outside)
@@ -282,12 +273,15 @@ def run_data(out:Path, config:dict):
 
 def sharers(
     shard=None, # ddp, fsdp or None
+    out=None,   # run folder
 )->object:      # a scale.fsdp.Ranks, or Alone
     "The processes that torchrun has started, or this one alone"
     n = int(os.environ.get('WORLD_SIZE', 1))
     if shard is None:
         if n>1: raise CourseError(f'torchrun has started {n} processes: say how they share the work, --shard ddp or --shard fsdp')
-        return ALONE
+        if not any(Path(out).glob('checkpoint-*')): return ALONE
+        from t2i_course.scale.fsdp import One
+        return One() # several processes have begun the run
     if 'RANK' not in os.environ:
         raise CourseError(f'--shard {shard} needs processes: torchrun --nproc-per-node 2 -m t2i_course train ... --shard {shard}')
     from t2i_course.scale.fsdp import Ranks
@@ -326,7 +320,7 @@ def fit_run(
         called = parallelize(den.net, shard or 'none', config['precision'], checkpointing, compiled, ranks if shard else None)
     state = state_for(den, config, config['precision'])
     den.net = called
-    saved = take_up(state, out, config, shard is not None)
+    saved = take_up(state, out, config, ranks)
     if saved is not None:
         if finished(out, state, config):
             return say(f'{out} is trained to the end already: nothing was changed') if ranks.rank==0 else None
@@ -339,8 +333,8 @@ def fit_run(
                     batch=config['batch'], seed=config['seed'], clip=config.get('clip', 1.), ranks=ranks)
     bar = progress_bar(state, config, quiet or ranks.rank)
     with open(out/'log.jsonl' if ranks.rank==0 else os.devnull, 'a', encoding='utf-8') as log:
-        for r in follow(state, records, out, config, tables, save_every, ranks, shard is not None):
-            if shard and not quiet and r.step==1: say(share_line(state, ranks))
+        for r in follow(state, records, out, config, tables, save_every, ranks):
+            if shard and not quiet and r.step==1: say(share_line(state, ranks), everyone=True)
             bar(r)
             if r.step%20==0: print(log_line(r), file=log, flush=True)
     bar(None)
@@ -733,16 +727,6 @@ def write_npz(
     write_whole(path, write)
 
 # ---- run, bench, report, doctor ----
-def put(
-    d:dict,  # changed in place
-    key:str, # 'a.b.c' stands for d['a']['b']['c']
-    value,
-):
-    "Write under a dotted name"
-    *path,last = key.split('.')
-    for k in path: d = d.setdefault(k, {})
-    d[last] = value
-
 def stamp(chapter:str, seeds)->dict:
     "Who made a result, when, on what"
     call = f"bench(seeds={tuple(seeds)})" if chapter=='bench' else f"run_chapter('{chapter}', {tuple(seeds)})"
@@ -835,34 +819,6 @@ def demo_row(
     except ValueError as e: raise CourseError(f'{path} cannot be read ({e}): delete it, or choose another --out') from e
     kind = 'with_bf16' if has_bf16(pick_device()) else 'without_bf16'
     write_json(path, rows|stamp('demo', [0])|{kind:demo(seconds)})
-
-def make_arms(
-    arms,      # (key, make) of each
-    head:dict, # how and when they are made
-    path:Path, # results file
-    equal=(),  # sweeps whose arms may agree, see `runs.twin`
-    also=None, # what else is to be written
-):
-    "Make the arms that the file does not hold yet, and write it after each"
-    arms = list(arms)
-    done = kept_arms(path, head, [k for k,_ in arms])
-    res = head|(also or {})
-    for key,value in done.items(): put(res, key, value)
-    if path.exists() and not done: say(f'nothing in {path} was made with this code, scale and seeds on this machine: every arm is made')
-    for i,(key,make) in enumerate(arms, 1):
-        if key in done:
-            say(f'{i} of {len(arms)} {key}: kept')
-            continue
-        say(f'{i} of {len(arms)} {key} ...')
-        value = json.loads(json.dumps(make())) # as it will be read again
-        other = twin(key, value, done, equal)
-        same = f'{key} and {other} came out the same to the last bit: the setting that differs between them had no effect'
-        if other and head['scale']=='smoke': say(f'  {same} in so short a run') # a code must be unused for long to be restarted
-        elif other: raise CourseError(f'{same}. Mend the chapter; the arms before are in {path}.')
-        say(f'  {value}')
-        done[key] = value
-        put(res, key, value)
-        write_json(path, res)
 
 def report_card(
     head:dict, # how and when it is made
@@ -965,7 +921,7 @@ def report(
 def doctor():
     "What this machine offers, and what is missing"
     from t2i_course.core.metrics import load_judge
-    from t2i_course.sources import data_root
+    from t2i_course.core.downloads import data_root
     device = pick_device()
     print(f'python {platform.python_version()}, torch {torch.__version__}, {hardware()}, '
           f'device {device}, {torch.get_num_threads()} threads')
@@ -1216,20 +1172,20 @@ def main(argv=None)->int:
     try:
         a = parser().parse_args(argv)
         a.do(a)
-    except CourseError as e: say(f't2i: {e}'); return 2
-    except Stopped as e: say(f'\nt2i: {e}'); return 130
-    except KeyboardInterrupt: say('\nt2i: stopped'); return 130
+    except CourseError as e: say(f't2i: {e}', everyone=True); return 2
+    except Stopped as e: say(f'\nt2i: {e}', everyone=True); return 130
+    except KeyboardInterrupt: say('\nt2i: stopped', everyone=True); return 130
     except BrokenPipeError: return 1
     except RuntimeError as e: # gloo and NCCL report a lost process in many words
         if int(os.environ.get('WORLD_SIZE', 1))==1 or not lost(e): raise
         say(f"t2i: process {os.environ['RANK']} has lost another one ({str(e).splitlines()[0][:120]}). "
-            'Go on from the last checkpoint: the same command with --resume.')
+            'Go on from the last checkpoint: the same command with --resume.', everyone=True)
         return 3
     except OSError as e: # a disk that fills up while a line is logged, a file without the right to read it
         if not e.filename and e.errno not in (errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC)): raise
         what = f'{e.strerror}: {e.filename}' if e.filename else e.strerror
         full = e.errno in (errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC))
-        say(f"t2i: {what}. {'Free some space.' if full else 'Check the path and its permissions.'}")
+        say(f"t2i: {what}. {'Free some space.' if full else 'Check the path and its permissions.'}", everyone=True)
         return 2
     finally: _typed.pop()
     return 0

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 from t2i_course import cli
-from t2i_course.core.data import CourseError
-from t2i_course.runs import Stopped
+from t2i_course.core.files import CourseError
+from t2i_course.core.guards import Stopped
 from t2i_course.scale import fsdp
 
 

@@ -4,7 +4,9 @@ import json
 import pytest
 import torch
 from t2i_course import bench, cli
-from t2i_course.core.data import CourseError, Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.files import CourseError
+from t2i_course.core.sources import load
 from t2i_course.core.metrics import broken_strokes
 from t2i_course.core.training import has_bf16
 from t2i_course.diffusion.ddpm import UNet

@@ -15,10 +15,13 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image, features
 
-from t2i_course import cli, folders
+from t2i_course import cli
+from t2i_course.core import piles
 from t2i_course.core.conditioning import WordTokenizer
-from t2i_course.core.data import DATA, CourseError, Draws, is_path, load, split_words
-from t2i_course.sources import Folder
+from t2i_course.core.data import Draws, split_words
+from t2i_course.core.files import CourseError
+from t2i_course.core.sources import DATA, is_path, load
+from t2i_course.core.folders import Folder
 
 COLORS = ((230, 26, 26), (26, 179, 51), (38, 77, 242), (242, 217, 26), (153, 38, 191), (255, 128, 13))
 
@@ -167,7 +170,7 @@ def test_links_in_circles(links):
     (mine/'b').symlink_to(links/'other')
     (links/'other/back').symlink_to(mine/'zebra')
     (links/'other/loop').symlink_to('loop')
-    pile = folders.Pile(mine)
+    pile = piles.Pile(mine)
     assert len(pile.captioned()) == 10 and 'zebra/00.png' in pile.names and 'b/00.png' in pile.names
 
 
@@ -261,7 +264,7 @@ def test_where_lists_and_pictures_lie(tmp_path, place, said):
     for i in range(4): draw(tmp_path/f'train/{i}.png')
     listed(tmp_path/place, [dict(file_name=said.format(i), text=f'number {i}') for i in range(4)])
     data = load(tmp_path)
-    assert len(texts(data)) == 4 and all(name == f'train/{i}.png' for i, (name, _) in enumerate(folders.Pile(tmp_path).captioned()))
+    assert len(texts(data)) == 4 and all(name == f'train/{i}.png' for i, (name, _) in enumerate(piles.Pile(tmp_path).captioned()))
 
 
 def test_a_list_does_not_take_another_picture(tmp_path, capsys):
@@ -286,7 +289,7 @@ def test_whole_paths_into_the_folder(links, capsys):
     (links/'mine/more').symlink_to(links/'store')
     (links/'way').symlink_to(links/'mine')
     listed(links/'mine', [dict(file_name=str(links/f), text=f) for f in ('mine/0.png', 'way/0.png', 'mine/more/00.png', 'store/01.png')])
-    pile = folders.Pile(links/'mine')
+    pile = piles.Pile(links/'mine')
     assert dict(pile.captioned()) == {'0.png': ['mine/0.png', 'way/0.png'], 'more/00.png': ['mine/more/00.png'],
                                       'more/01.png': ['a square number 1'], str(links/'store/01.png'): ['store/01.png']}
 
@@ -429,7 +432,7 @@ def test_a_locale_that_is_not_utf8(tmp_path):
     captioned(tmp_path, 4, 'grün und größer {}')
     for n in ('Müller', '빨강'): draw(tmp_path/f'{n}.png')
     listed(tmp_path, [dict(file_name=f'{n}.png', text=f'für {n}') for n in ('Müller', '빨강')])
-    code = ("import sys, locale; from t2i_course.core.data import load; d = load(sys.argv[1]); "
+    code = ("import sys, locale; from t2i_course.core.sources import load; d = load(sys.argv[1]); "
             "print(ascii([sorted(d.words), d.fingerprint])); print(locale.getpreferredencoding(False), file=sys.stderr)")
     env = os.environ | dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', PYTHONIOENCODING='ascii')
     run = subprocess.run([sys.executable, '-c', code, str(tmp_path)], env=env, capture_output=True, text=True)

@@ -12,10 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from t2i_course import cli
-from t2i_course.core.data import CourseError
+from t2i_course.core.files import CourseError, load_tensors
 from t2i_course.core.training import ALONE
 from t2i_course.diffusion.ddpm import UNet
-from t2i_course.runs import load_tensors
 from t2i_course.scale import fsdp
 
 STEPS = 8 # of a run, where nothing else is said
@@ -117,7 +116,8 @@ def test_a_checkpoint_without_its_last_file_is_not_one(folder, two, tmp_path):
     (tmp_path / "checkpoint-99").mkdir()
     assert fsdp.checkpoints(tmp_path) == []
     state = SimpleNamespace(net=torch.nn.Linear(2, 2), ema=None, opts={})
-    with pytest.raises(CourseError, match="belongs to another run"): fsdp.load_sharded(state, folder / "stopped", dict(config="other"))
+    with pytest.raises(CourseError, match="belongs to another run"):
+        fsdp.load_sharded(state, folder / "stopped", lambda note: note.get("config") == "other")
 
 
 def test_units_and_names():

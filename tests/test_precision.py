@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from t2i_course import cli
-from t2i_course.core.data import load
+from t2i_course.core.sources import load
 from t2i_course.scale import mixed_precision as mp
 
 

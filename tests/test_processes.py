@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from t2i_course import cli
-from t2i_course.core.data import CourseError, Draws
+from t2i_course.core.data import Draws
+from t2i_course.core.files import CourseError
 from t2i_course.core.ema import EMA
 from t2i_course.core.training import everyone
 from t2i_course.scale import fsdp

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from t2i_course import cli
-from t2i_course.core.data import Draws, load
-from t2i_course.runs import Stopped, load_tensors
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
+from t2i_course.core.files import load_tensors
+from t2i_course.core.guards import Stopped
 
 every_recipe = pytest.mark.parametrize("recipe", cli.RECIPES)
 IMAGES = 256

@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from t2i_course import cli
 from t2i_course.core.conditioning import TextEncoder, WordTokenizer
-from t2i_course.core.data import CourseError, Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.files import CourseError
+from t2i_course.core.sources import load
 from t2i_course.core.ema import EMA
 from t2i_course.core.training import State, feed, has_bf16, train
 from t2i_course.diffusion import ddpm

@@ -6,7 +6,7 @@ import torch
 from t2i_course import cli
 from t2i_course.capstone import report_card as rc
 from t2i_course.codec.vae import lookalikes
-from t2i_course.core.data import load
+from t2i_course.core.sources import load
 from t2i_course.core.metrics import load_judge
 from torch import nn
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from t2i_course import cli, runs
-from t2i_course.core.data import CourseError
+from t2i_course import cli
+from t2i_course.core import files
+from t2i_course.core.files import CourseError
 
 def refused(capsys, *args):
     "Run t2i; it must fail with one sentence, the last line, and no traceback. Returns the sentence"
@@ -132,8 +133,8 @@ def test_folders_with_nothing_usable(tmp_path, capsys):
     assert 'caption' in refused(capsys, 'train', 'ddpm', '--data', tmp_path/'mute', '--out', tmp_path/'r')
 
 def test_data_folder_and_download(tmp_path, capsys, monkeypatch):
-    from t2i_course import sources
-    getattr(sources.data_root, 'cache_clear', lambda: None)()
+    from t2i_course.core import downloads
+    getattr(downloads.data_root, 'cache_clear', lambda: None)()
     monkeypatch.setenv('T2I_DATA', str(tmp_path/'missing'))
     assert 'T2I_DATA' in refused(capsys, 'data', 'fashion', '--out', tmp_path/'f.npz')
     (tmp_path/'file').write_text('')
@@ -176,9 +177,9 @@ def test_captions_keep_their_order(run, tmp_path):
 def test_the_same_tensors_give_the_same_bytes(tmp_path):
     p,seen = tmp_path/'a.safetensors',set()
     for _ in range(12):
-        runs.save_tensors(p, dict(b=torch.ones(3), a=torch.zeros(2)), step=1, config='x', images=2)
+        files.save_tensors(p, dict(b=torch.ones(3), a=torch.zeros(2)), step=1, config='x', images=2)
         seen.add(p.read_bytes())
-    assert len(seen)==1 and runs.load_tensors(p)[1]==dict(step=1, config='x', images=2)
+    assert len(seen)==1 and files.load_tensors(p)[1]==dict(step=1, config='x', images=2)
 
 def test_resume_of_a_finished_run(copy, capsys):
     before = {p.name:p.read_bytes() for p in copy.iterdir()}
@@ -195,14 +196,14 @@ def test_damaged_model_is_written_again(copy, capsys):
 
 def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     p = tmp_path/'c.safetensors'
-    runs.save_tensors(p, dict(a=torch.ones(10)), step=1)
+    files.save_tensors(p, dict(a=torch.ones(10)), step=1)
     before = p.read_bytes()
     def full(*a, **k): raise OSError(errno.ENOSPC, 'No space left on device')
     for name in ('fsync','replace'):
         with monkeypatch.context() as m:
             m.setattr(os, name, full)
             with pytest.raises(CourseError, match='space'):
-                runs.save_tensors(p, dict(a=torch.zeros(10)), step=2)
+                files.save_tensors(p, dict(a=torch.zeros(10)), step=2)
         assert p.read_bytes()==before and list(tmp_path.iterdir())==[p]
 
 def train_in_child(out, limit=None, training=None):

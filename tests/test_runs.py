@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from t2i_course import cli, runs
-from t2i_course.core.data import CourseError
+from t2i_course import cli
+from t2i_course.core import files, guards, runs
+from t2i_course.core.files import CourseError
 from tree import modules
 
 SMALL = ('--scale', 'smoke', '--images', '64', '--precision', 'fp32', '--quiet')
@@ -65,7 +66,7 @@ def test_two_threads_train_the_same_run_as_one_alone(run, tmp_path):
 def test_handlers_that_python_did_not_set_are_no_obstacle(monkeypatch):
     real,given = signal.signal,[]
     monkeypatch.setattr(signal, 'signal', lambda s,h: (given.append(h), real(s, h), None)[2]) # as if C code had set them
-    with runs.asked_to_stop(): pass
+    with guards.asked_to_stop(): pass
     assert given[-2:]==[signal.SIG_DFL]*2
     for s,h in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)): real(s, h)
 
@@ -141,7 +142,7 @@ def test_only_a_full_disk_is_called_full(tmp_path, e, full, capsys, monkeypatch)
     path = tmp_path/'a.json'
     path.write_text('before', encoding='utf-8')
     def fail(p): Path(p).touch(); raise e
-    with pytest.raises(CourseError) as told: runs.write_whole(path, fail)
+    with pytest.raises(CourseError) as told: files.write_whole(path, fail)
     said = str(told.value)
     assert ('space' in said)==full and (getattr(e, 'strerror', None) or type(e).__name__) in said and str(path) in said
     assert contents(tmp_path)=={'a.json':b'before'}
@@ -164,8 +165,8 @@ def test_shards_and_latents_tell_the_cause_too(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(os.name=='nt', reason='names are counted in another way')
 def test_names_up_to_the_limit(tmp_path):
-    runs.write_json(tmp_path/('a'*250+'.json'), dict(a=1))
-    with pytest.raises(CourseError, match='shorter name'): runs.write_json(tmp_path/('a'*251+'.json'), dict(a=1))
+    files.write_json(tmp_path/('a'*250+'.json'), dict(a=1))
+    with pytest.raises(CourseError, match='shorter name'): files.write_json(tmp_path/('a'*251+'.json'), dict(a=1))
     assert [len(n) for n in contents(tmp_path)]==[255]
 
 @pytest.mark.skipif(os.name=='nt', reason='modes are a matter of POSIX')
@@ -193,8 +194,8 @@ def test_files_of_other_libraries_have_it_too(tmp_path):
 @pytest.mark.skipif(not Path('/proc/self/maps').exists(), reason='looks at what is mapped')
 def test_what_is_loaded_holds_no_file_open(tmp_path):
     "Windows does not replace a file that somebody holds"
-    runs.save_tensors(tmp_path/'a.safetensors', dict(a=torch.ones(9000)))
-    kept = runs.load_tensors(tmp_path/'a.safetensors')
+    files.save_tensors(tmp_path/'a.safetensors', dict(a=torch.ones(9000)))
+    kept = files.load_tensors(tmp_path/'a.safetensors')
     assert str(tmp_path) not in Path('/proc/self/maps').read_text() and kept[0]['a'].sum()==9000
 
 def test_replacing_is_tried_again_on_windows(tmp_path, monkeypatch):
@@ -207,9 +208,9 @@ def test_replacing_is_tried_again_on_windows(tmp_path, monkeypatch):
     names = str(tmp_path/'new'),str(tmp_path/'old')
     with monkeypatch.context() as m:
         m.setattr(os, 'replace', replace)
-        with pytest.raises(PermissionError): runs.put_in_place(*names)
-        m.setattr(runs.time, 'sleep', lambda s: None); m.setattr(os, 'name', 'nt')
-        runs.put_in_place(*names)
+        with pytest.raises(PermissionError): files.put_in_place(*names)
+        m.setattr(files.time, 'sleep', lambda s: None); m.setattr(os, 'name', 'nt')
+        files.put_in_place(*names)
     assert len(tries)==3 and (tmp_path/'old').read_bytes()==b'new'
 
 # ---- what a run is ----
@@ -239,7 +240,7 @@ def stopped_after(steps, monkeypatch):
     def follow(state, records, run, config, extra=None, every=20., *more):
         for r in real(state, records, run, config, extra, 0., *more):
             yield r
-            if r.step>steps: raise runs.Stopped('enough')
+            if r.step>steps: raise guards.Stopped('enough')
     with monkeypatch.context() as m:
         m.setattr(cli, 'follow', follow)
         yield
@@ -312,7 +313,7 @@ def test_a_second_writer_is_refused(copy, capsys):
     part.touch()
     before,held,done = contents(copy),threading.Event(),threading.Event()
     def hold():
-        with runs.one_writer(copy), runs.one_writer(copy):
+        with guards.one_writer(copy), guards.one_writer(copy):
             held.set(); done.wait(60)
     thread = threading.Thread(target=hold)
     thread.start(); held.wait(60)
@@ -326,15 +327,15 @@ def test_a_second_writer_is_refused(copy, capsys):
 @pytest.mark.skipif(os.name=='nt', reason='forks')
 def test_a_forked_child_does_not_keep_the_lock(tmp_path):
     (r,w),(ready,begun) = os.pipe(),os.pipe()
-    with runs.one_writer(tmp_path):
+    with guards.one_writer(tmp_path):
         child = os.fork()
         if not child:
             os.write(begun, b'x'); os.read(r, 1); os._exit(0)
         os.read(ready, 1)
-        f,me,times = runs._held[tmp_path.resolve()]
+        f,me,times = guards._held[tmp_path.resolve()]
         os.close(f) # as if this process had been killed
-        runs._held[tmp_path.resolve()] = os.open(os.devnull, os.O_RDONLY),me,times
-        again = runs._open_lock(tmp_path/'.lock')
+        guards._held[tmp_path.resolve()] = os.open(os.devnull, os.O_RDONLY),me,times
+        again = guards._open_lock(tmp_path/'.lock')
         os.write(w, b'x'); os.waitpid(child, 0)
         for f in (r, w, ready, begun): os.close(f)
         assert again is not None
@@ -348,13 +349,13 @@ def test_locks_of_windows(tmp_path, monkeypatch):
         if key in held: raise PermissionError(errno.EACCES, 'in use')
         held.add(key)
     monkeypatch.setitem(sys.modules, 'msvcrt', types.SimpleNamespace(locking=locking, LK_NBLCK=2))
-    monkeypatch.setattr(runs, 'fcntl', None)
+    monkeypatch.setattr(guards, 'fcntl', None)
     refusals = []
     def second():
         try:
-            with runs.one_writer(tmp_path): pass
+            with guards.one_writer(tmp_path): pass
         except CourseError as e: refusals.append(str(e))
-    with runs.one_writer(tmp_path):
+    with guards.one_writer(tmp_path):
         thread = threading.Thread(target=second); thread.start(); thread.join()
     assert len(refusals)==1 and 'still running' in refusals[0] and not contents(tmp_path)
 
@@ -373,7 +374,7 @@ def test_preparing_twice_at_once_is_refused(tmp_path, capsys):
     part.touch()
     held,done = threading.Event(),threading.Event()
     def hold():
-        with runs.one_writer(tmp_path): held.set(); done.wait(60)
+        with guards.one_writer(tmp_path): held.set(); done.wait(60)
     thread = threading.Thread(target=hold)
     thread.start(); held.wait(60)
     try: assert 'still running' in refused(capsys, 'prepare', 'digits', '--images', 20, '--out', tmp_path, '--quiet')
@@ -412,7 +413,7 @@ def test_the_demo_leaves_its_mark(tmp_path, monkeypatch):
     given = {}
     def train_run(*args, **kwargs):
         given.update(kwargs)
-        raise runs.Stopped('enough')
+        raise guards.Stopped('enough')
     monkeypatch.setattr(cli, 'train_run', train_run)
     assert t2i('demo', '--out', tmp_path/'d')==130 and given['changes']['demo'] is True
 
@@ -421,10 +422,10 @@ def test_kept_rows_match_or_are_made_anew(tmp_path, monkeypatch, capsys):
     made = []
     def train_run(recipe, data, seconds, seed, out, resume):
         made.append(resume)
-        runs.write_json(cli.make_folder(out)/'config.json', cli.settings(recipe, data, cli.current_scale(), seconds, None, seed, 'auto'))
+        files.write_json(cli.make_folder(out)/'config.json', cli.settings(recipe, data, cli.current_scale(), seconds, None, seed, 'auto'))
     def eval_run(out, n):
         row = dict(obedience=dict(all=.5), fd=1., fd_floor=1., recall=.5, n=n, versions=cli.versions())
-        runs.write_json(out/'metrics.json', row)
+        files.write_json(out/'metrics.json', row)
         return row
     monkeypatch.setattr(cli, 'train_run', train_run); monkeypatch.setattr(cli, 'eval_run', eval_run)
     def bench(): assert t2i('bench', '--seconds', 2, '--seeds', 1, '--out', 'a.json')==0

@@ -2,7 +2,9 @@
 import pytest
 import torch
 from t2i_course import cli
-from t2i_course.core.data import CourseError, Draws, load, origin
+from t2i_course.core.data import Draws
+from t2i_course.core.files import CourseError
+from t2i_course.core.sources import load, origin
 from t2i_course.core.metrics import SEED
 from t2i_course.scale.recipes import Shards, prepare
 

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 import drawings
 from t2i_course import cli
-from t2i_course.core.data import Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.core.metrics import LEAST, RandomFeatures, evaluate, frechet
 from t2i_course.diffusion.preconditioning import (LADDER, CaptionGaussian, climb, fit_checked, fit_skip, held_together,
                                                   on_common)

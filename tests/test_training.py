@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from t2i_course.core.data import CourseError, Draws, Painted
+from t2i_course.core.data import Draws, Painted
+from t2i_course.core.files import CourseError
 from t2i_course.core.ema import EMA, settle
 from t2i_course.core.training import Record, State, Threads, Turn, feed, has_bf16, pick_device, train, warm_linear
 from torch import nn

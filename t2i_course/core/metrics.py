@@ -12,7 +12,7 @@ __all__ = ['SHIPPED', 'FIRST_USE', 'SEED', 'K', 'N_SPLITS', 'LEAST', 'DRAWINGS',
            'held_out_row', 'judged_row', 'plain_row', 'evaluate', 'make_judges']
 
 # %% ../../nbs/01_core/05_metrics.ipynb #3782d0f3
-import hashlib, json, math, os, platform, time
+import hashlib, json, math, platform, time
 from datetime import date
 from importlib import resources
 from pathlib import Path
@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes, save as to_bytes
 from torch import nn, Tensor
-from .data import CourseError, Draws, dial, load
+from .data import Draws, dial
+from .files import CourseError, not_written, write_json, write_whole
+from .sources import load
 from .conditioning import raw_cond
 from .training import State, has_bf16, train
 from .ema import EMA
@@ -163,14 +165,10 @@ def save_judge(
     raw = to_bytes({k:v.cpu().half().contiguous() for k,v in weights.items()})
     own = {k:list(v) for k,v in judge.attributes.items()}
     card = dict(sha256=hashlib.sha256(raw).hexdigest(), shape=list(judge.shape), attributes=own, width=judge.width)|card
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for p,v in ((path, raw), (path.with_suffix('.json'), (json.dumps(card, indent=1)+'\n').encode())):
-            part = p.with_name(f'.{p.name}.{os.getpid()}.part')
-            part.write_bytes(v)
-            os.replace(part, p)
-    except OSError as e:
-        raise CourseError(f'could not write {path}: {e.strerror or e}. Choose a folder that can be written.') from e
+    try: path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise not_written(path, e) from e
+    write_whole(path, lambda p: p.write_bytes(raw))
+    write_json(path.with_suffix('.json'), card)
     return card
 
 # %% ../../nbs/01_core/05_metrics.ipynb #we1ghts2
@@ -230,7 +228,7 @@ def judge_for(
     "The shipped judge, or one trained on first use and kept under the data folder"
     if not getattr(data, 'attributes', None): return None
     if data.name in SHIPPED: return load_judge(data.name)
-    from t2i_course.sources import data_root # files: only when asked for
+    from t2i_course.core.downloads import data_root # files: only when asked for
     what = json.dumps([data.shape, data.attributes, FIRST_USE])
     key = hashlib.sha256(what.encode()).hexdigest()[:8]
     path = data_root()/'judges'/f'{data.name}-{key}.safetensors'

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.conditioning import Cond, Conditioned, TextEncoder, WordBag, WordTokenizer, cat, count_calls, drawn_from
-from ..core.data import Draws, load
+from ..core.data import Draws
+from ..core.sources import load
 from ..core.ema import train_arm
 from ..core.metrics import evaluate
 

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.conditioning import Cond, cat
-from ..core.data import Draws, HELD_OUT, INKS, NUMBERS, WEIGHTS, an, load
+from ..core.data import Draws, HELD_OUT, INKS, NUMBERS, WEIGHTS, an
+from ..core.sources import load
 from ..core.ema import EMA, train_arm
 from ..core.metrics import SEED, at_most, evaluate, glyph_space, judge_for, obedience, reference
 from ..core.training import State, feed, has_bf16, pick_device, train

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ..core.conditioning import Cond, PAD
-from ..core.data import Draws, Painted, load
+from ..core.data import Draws, Painted
+from ..core.sources import load
 from ..core.ema import train_arm
 from ..core.metrics import at_most, distinct, evaluate, judge_for, reference
 from ..core.training import has_bf16, pick_device

@@ -14,7 +14,8 @@ from functools import cache, lru_cache, partial
 import torch
 from torch import nn, Tensor
 from ..core.conditioning import Cond
-from ..core.data import Draws, load
+from ..core.data import Draws
+from ..core.sources import load
 from ..core.ema import train_arm
 from ..core.metrics import at_most, evaluate, judge_for, reference
 from ..core.training import has_bf16, pick_device

@@ -12,7 +12,8 @@ import math, time
 from functools import lru_cache, partial
 import torch
 from torch import Tensor
-from ..core.data import Draws, Painted, load
+from ..core.data import Draws, Painted
+from ..core.sources import load
 from ..core.ema import train_arm
 from ..core.metrics import at_most, evaluate, load_judge, reference
 from ..core.training import has_bf16, pick_device

@@ -11,7 +11,9 @@ import math
 from functools import cache, lru_cache, partial
 import torch
 from torch import Tensor
-from ..core.data import CourseError, Draws, Labelled, Painted, load
+from ..core.data import Draws, Labelled, Painted
+from ..core.files import CourseError
+from ..core.sources import load
 from ..core.ema import train_arm
 from ..core.metrics import at_most, evaluate, load_judge, reference
 from ..core.training import has_bf16, pick_device

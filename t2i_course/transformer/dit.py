@@ -18,7 +18,9 @@ from torch import nn, Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from ..core.conditioning import Cond, Conditioned, LabelEmbedder, TextEncoder, WordBag, WordTokenizer
-from ..core.data import CourseError, Draws, Labelled, load
+from ..core.data import Draws, Labelled
+from ..core.files import CourseError
+from ..core.sources import load
 from ..core.ema import train_arm
 from ..core.metrics import evaluate, frechet, judge_for
 from ..core.training import has_bf16, pick_device
