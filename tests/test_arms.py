@@ -3,6 +3,7 @@ import json
 import re
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,16 +14,25 @@ from t2i_course.codec import dvae, vae, vqvae
 from t2i_course.core.files import CourseError
 from t2i_course.core.sources import load
 from t2i_course.diffusion import samplers
-from t2i_course.gan import adversarial, biggan, stylegan2, text_gan
+from t2i_course.gan import adversarial, biggan, text_gan
 from t2i_course.run.arms import code_version, kept_arms, measured_numbers, twin, value_at
+from t2i_course.sweeps.codec import dvae as dvae_sweep, vae as vae_sweep, vqvae as vqvae_sweep
+from t2i_course.sweeps.gan import (adversarial as adversarial_sweep, biggan as biggan_sweep, stylegan2 as stylegan2_sweep,
+                                   text_gan as text_gan_sweep)
+from t2i_course.sweeps.ar import dalle as dalle_sweep
 from tree import ROOT
 
-SWEEPS = [name for name, path in CHAPTERS.items() if hasattr(import_module(path), "experiments")]
+
+def chapter(name):
+    "The module with a chapter's sweep: at the chapter's address below sweeps, or the chapter itself."
+    path = CHAPTERS[name].replace("t2i_course.", "t2i_course.sweeps.", 1)
+    beside = find_spec(path.rpartition(".")[0]) and find_spec(path)
+    return import_module(path if beside else CHAPTERS[name])
+
+
+SWEEPS = [name for name in CHAPTERS if hasattr(chapter(name), "experiments")]
 RESULTS = sorted((ROOT / "results").glob("*.json"))
 NOT_YET = {"dalle": {f"arms.{a}.{s}" for a in ("early", "early_counted") for s in (0, 1)}}  # to be measured, see chapter 71
-
-
-def chapter(name): return import_module(CHAPTERS[name])
 
 
 @pytest.fixture
@@ -80,10 +90,10 @@ def value_keys(d, key):
 
 def test_each_key_is_made_from_its_own_arm(monkeypatch):
     "Asked for in the opposite order, when all loops are over."
-    monkeypatch.setattr(biggan, "fresh", lambda config, seed: (None, None))
-    monkeypatch.setattr(biggan, "watched", lambda config, data, images, looks, judge, n, seed, precision: (config["batch"], seed))
-    pairs = [(k, m) for k, m in biggan.experiments("smoke", (3, 4)) if k.startswith("batch")]
-    assert {k: m() for k, m in reversed(pairs)} == {f"batch.{b}.seed{s}": (b, s) for b in biggan.BATCHES for s in (3, 4)}
+    monkeypatch.setattr(biggan_sweep, "fresh", lambda config, seed: (None, None))
+    monkeypatch.setattr(biggan_sweep, "watched", lambda config, data, images, looks, judge, n, seed, precision: (config["batch"], seed))
+    pairs = [(k, m) for k, m in biggan_sweep.experiments("smoke", (3, 4)) if k.startswith("batch")]
+    assert {k: m() for k, m in reversed(pairs)} == {f"batch.{b}.seed{s}": (b, s) for b in biggan_sweep.BATCHES for s in (3, 4)}
 
 
 def arms_of(monkeypatch, module, **instead):
@@ -96,15 +106,16 @@ def test_late_binding_everywhere(monkeypatch):
     def trained(data, config, images, seed, precision, quantizer=None):
         seen.append((data.name, {k: config[k] for k in config if config[k] != base[k]}, seed, quantizer))
         raise StopIteration
-    for module, data, first in ((vqvae, "digits", "beta."), (vae, "painted", "losses."), (dvae, "digits", "arms.")):
+    for module, data, first in ((vqvae_sweep, "digits", "beta."), (vae_sweep, "painted", "losses."),
+                                (dvae_sweep, "digits", "arms.")):
         base, seen = module.recipe_for(load(data), "smoke"), []
-        pairs = arms_of(monkeypatch, module, fit=trained, **(dict(train_judge=None) if module is vae else {}))
+        pairs = arms_of(monkeypatch, module, fit=trained, **(dict(train_judge=None) if module is vae_sweep else {}))
         pairs = [(k, m) for k, m in pairs if k.startswith(first)]
         for _, make in reversed(pairs):
             with pytest.raises(StopIteration): make()
         assert len(seen) == len(pairs) == len({repr(s) for s in seen}), "two keys train the same arm"
         assert [s[2] for s in reversed(seen)] == [int(re.search(r"\d+$", k).group()) for k, _ in pairs]
-        if module is vqvae: assert [round(100 * s[1].get("beta", base["beta"])) for s in reversed(seen)] == [
+        if module is vqvae_sweep: assert [round(100 * s[1].get("beta", base["beta"])) for s in reversed(seen)] == [
             int(k.split(".")[1]) for k, _ in pairs]
 
 
@@ -263,19 +274,19 @@ def test_points_of_a_sweep_are_different_ones(scale):
     for sampler in samplers.SAMPLERS.values():
         steps = [samplers.steps_for(sampler, n) for n in samplers.SWEEP[scale]["nfe"]]
         assert len(set(steps)) == len(steps), steps
-    assert set(stylegan2.SWEEP[scale]["psi"]) - {1.}
+    assert set(stylegan2_sweep.SWEEP[scale]["psi"]) - {1.}
 
 
 def test_the_early_arms_are_early(monkeypatch):
     "They get their share of the pictures, and come out otherwise than the arms that are trained to the end."
-    images, arm = {}, dalle.fit_arm
+    images, arm = {}, dalle_sweep.fit_arm
 
     def watched(codec, tok, data, config, n, seed, precision):
         images[config["counts"], n] = True
         return arm(codec, tok, data, config, n, seed, precision)
-    monkeypatch.setattr(dalle, "fit_arm", watched)
-    monkeypatch.setitem(dalle.SWEEP, "smoke", dalle.SWEEP["smoke"] | dict(images=64, arm=320))
-    makers = dict(dalle.experiments("smoke", (0,)))
+    monkeypatch.setattr(dalle_sweep, "fit_arm", watched)
+    monkeypatch.setitem(dalle_sweep.SWEEP, "smoke", dalle_sweep.SWEEP["smoke"] | dict(images=64, arm=320))
+    makers = dict(dalle_sweep.experiments("smoke", (0,)))
     found = {k: makers[f"arms.{k}.0"]() for k in ("dense", "early", "counted", "early_counted")}
     assert set(images) == {(False, 320), (False, 32), (True, 320), (True, 32)}
     for late, early in (("dense", "early"), ("counted", "early_counted")):
@@ -293,10 +304,12 @@ class Watched(dict):
 
 
 CHANGES = [(m, d, k, c) for m, d, by in (
-    (vae, "painted", vae.ARMS), (vqvae, "painted", vqvae.GRIDS), (vqvae, "digits", vqvae.BOOKS), (vqvae, "digits", vqvae.THROUGH),
-    (dvae, "digits", dvae.ARMS), (dvae, "painted", {k: dict(kind=k) for k in dvae.KINDS}), (text_gan, "painted", text_gan.ARMS),
-    (biggan, "digits", biggan.ARMS), (adversarial, "digits", adversarial.KINDS), (adversarial, "digits", adversarial.PENALTIES),
-    (dalle, "painted", {k: c for k, (_, c) in dalle.ARMS.items()})) for k, c in by.items()]
+    (vae, "painted", vae_sweep.ARMS), (vqvae, "painted", vqvae_sweep.GRIDS), (vqvae, "digits", vqvae_sweep.BOOKS),
+    (vqvae, "digits", vqvae_sweep.THROUGH), (dvae, "digits", dvae_sweep.ARMS),
+    (dvae, "painted", {k: dict(kind=k) for k in dvae.KINDS}), (text_gan, "painted", text_gan_sweep.ARMS),
+    (biggan, "digits", biggan_sweep.ARMS), (adversarial, "digits", adversarial.KINDS),
+    (adversarial, "digits", adversarial_sweep.PENALTIES),
+    (dalle, "painted", {k: c for k, (_, c) in dalle_sweep.ARMS.items()})) for k, c in by.items()]
 
 
 @pytest.mark.parametrize("module,data,arm,change", CHANGES, ids=[f"{m.__name__.split('.')[-1]}-{k}" for m, _, k, _ in CHANGES])

@@ -88,7 +88,7 @@ def test_patches_are_an_inverse_pair_and_a_convolution(patch):
 
 
 def test_positions_equal_the_published_table():
-    embeddings = pytest.importorskip("diffusers.models.embeddings")
+    from diffusers.models import embeddings
     for rows, dim in ((4, 16), (16, 1152)):
         theirs = torch.as_tensor(embeddings.get_2d_sincos_pos_embed(dim, rows, base_size=rows, output_type="pt")).float()
         assert torch.allclose(positions(rows, dim), theirs, atol=1e-6)
@@ -119,7 +119,7 @@ def test_plain_attention_is_the_fused_one(masked):
 @pytest.fixture(scope="module", params=[1e-5, 1e-6], ids=["eps 1e-5", "eps 1e-6"])
 def reference(request):
     "A small DiTTransformer2DModel with random weights and, as in published ones, one embedder for all blocks."
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
     torch.manual_seed(0)
     ref = diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=3, sample_size=8,
