@@ -20,6 +20,7 @@ from t2i_course.sweeps.codec import dvae as dvae_sweep, vae as vae_sweep, vqvae 
 from t2i_course.sweeps.gan import (adversarial as adversarial_sweep, biggan as biggan_sweep, stylegan2 as stylegan2_sweep,
                                    text_gan as text_gan_sweep)
 from t2i_course.sweeps.ar import dalle as dalle_sweep
+from t2i_course.sweeps.diffusion import samplers as samplers_sweep
 from tree import ROOT
 
 
@@ -30,7 +31,7 @@ def chapter(name):
 
 SWEEPS = [name for name in CHAPTERS if hasattr(chapter(name), "experiments")]
 RESULTS = sorted((ROOT / "results").glob("*.json"))
-NOT_YET = {"dalle": {f"arms.{a}.{s}" for a in ("early", "early_counted") for s in (0, 1)}}  # to be measured, see chapter 71
+NOT_YET = {"dalle": {f"arms.{a}.{s}" for a in ("early", "early_counted") for s in (0, 1)}}  # to be measured, see the DALL-E chapter
 
 
 @pytest.fixture
@@ -270,7 +271,7 @@ def test_what_may_agree_is_a_short_list():
 def test_points_of_a_sweep_are_different_ones(scale):
     "Two numbers of calls can be the same number of Heun steps; at psi 1 it does not matter where w would be pulled."
     for sampler in samplers.SAMPLERS.values():
-        steps = [samplers.steps_for(sampler, n) for n in samplers.SWEEP[scale]["nfe"]]
+        steps = [samplers.steps_for(sampler, n) for n in samplers_sweep.SWEEP[scale]["nfe"]]
         assert len(set(steps)) == len(steps), steps
     assert set(stylegan2_sweep.SWEEP[scale]["psi"]) - {1.}
 
