@@ -6,7 +6,7 @@ from datetime import date
 from pathlib import Path
 
 from t2i_course.core.files import CourseError, say, write_json
-from t2i_course.core.runfiles import place_of, read_config, seen_from
+from t2i_course.core.runfiles import place_of, read_config, whole
 from t2i_course.core.runs import open_run, open_uses
 from t2i_course.core.sources import is_path
 from t2i_course.core.training import has_bf16, pick_device
@@ -56,7 +56,7 @@ def moved(
         raise CourseError(f"{found.run} was trained on {found.config.data}: leave --data out")
     if not is_path(data):
         raise CourseError(f"--data names the new place of a folder: write it as ./{data}")
-    return found.config | dict(data=seen_from(found.run, data))
+    return found.config | dict(data=whole(data))
 
 
 def protocol(draw, data, n: int, seed: int) -> dict:
