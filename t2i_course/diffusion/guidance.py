@@ -19,7 +19,7 @@ from ..core.conditioning import Cond, cat
 from ..core.data import Draws, HELD_OUT, INKS, NUMBERS, WEIGHTS, an
 from ..core.sources import load
 from ..core.ema import EMA, train_arm
-from ..core.metrics import SEED, at_most, evaluate, glyph_space, judge_for, obedience, reference
+from ..core.metrics import at_most, evaluate, glyph_space, judge_for, obedience, reference
 from ..core.training import State, feed, has_bf16, pick_device, train
 from .ddpm import Denoiser, ResBlock, VP, drawer, fourier, guided, linear_betas, recipe
 from .ddpm import sample, solve, text_unet, uniform_times, v
@@ -129,9 +129,9 @@ def measured(
     row = evaluate(keep, data, judge, n, seed, held)
     captions,x = seen['first']
     wanted = demanded(data, captions)
-    real = data.batch('test', Draws(SEED, torch.arange(row['n'], 2*row['n']))).x # the pictures of these captions
+    real = reference(data, judge, row['n'])['real'] # unseen ones of the protocol
     return row|dict(fd_floors=row['fd']/row['fd_floor'], diversity=diversity(x, shown(judge, x, wanted)),
-                    diversity_real=diversity(real, wanted))
+                    diversity_real=diversity(real.x, demanded(data, real.captions)))
 
 # %% ../../nbs/04_diffusion/05_guidance.ipynb #705d1943
 # ---- guidance with a classifier ----
