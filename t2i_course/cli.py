@@ -215,7 +215,7 @@ def add_rest(command):
     "Options of the commands around training and sampling"
     a = command("eval", "measure a run: obedience, Frechet distance, recall, copying", cmd_eval)
     a("run", help="run folder")
-    a("--n", type=int, default=1000, metavar="N", help="drawings (default 1000)")
+    a("--n", type=int, metavar="N", help="drawings (default 1000, of digits 5000)")
     a("--seed", type=int, default=0, metavar="N", help="of captions and noise (default 0)")
     a("--data", metavar="FOLDER", help="the new place of its pictures, if their folder was moved")
     a = command(

@@ -3,8 +3,10 @@
 import json
 import math
 from datetime import date
+from pathlib import Path
 
 from t2i_course.core.files import say, write_json
+from t2i_course.core.runs import read_config
 from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.run.data import run_data
 from t2i_course.run.model import KEYS, Model
@@ -14,14 +16,15 @@ from t2i_course.run.stamp import command, hardware, versions
 
 def eval_run(
     run,  # run folder
-    n=1000,  # drawings
+    n=None,  # drawings; 1,000 if not said, of digits 5,000
     seed=0,  # of captions and noise
     quiet=False,  # print nothing, show no progress
     data=None,  # where its pictures lie now, if their folder was moved
 ) -> dict:  # the row
     "The measured row of a run; written to metrics.json in its folder"
-    from t2i_course.core.metrics import evaluate
+    from t2i_course.core.metrics import DRAWINGS, evaluate
 
+    n = n or DRAWINGS.get(read_config(Path(run))["data"], 1000)
     m, call = Model(run, data), f"eval_run({str(run)!r}, n={n}, seed={seed})"
     c, t = m.config, json.loads((m.run / "train.json").read_text(encoding="utf-8"))
     data, same = run_data(m.run, c)
@@ -76,17 +79,54 @@ def margin(
 COPIES = 0.2
 
 
+def pc(share) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def counted(o: dict) -> str:
+    "A share, with its margin where it says how many captions it is of"
+    if "n" not in o:
+        return pc(o["all"])
+    return f"{pc(o['all'])} +- {100 * margin(o['all'], o['n']):.1f} ({o['n']:,} captions)"
+
+
+def matched_text(
+    held: dict,  # `heldout` of a row
+) -> str:
+    "Held-out captions beside the seen ones that name the same"
+    low, high = (f"{100 * held[k]:+.1f}" for k in ("gap_low", "gap_high"))
+    return (
+        f"  trained pairs, in captions that name the same digits, inks and attributes: "
+        f"{counted(held['seen_matched'])}; unseen minus trained {100 * held['gap']:+.1f} points "
+        f"(95% interval {low} to {high})"
+    )
+
+
+def distance_text(row: dict) -> list:
+    "The Frechet distance with its n and its floor at that n"
+    floor, std = row["fd_floor"], row.get("fd_floor_std")
+    digits = 2 if floor >= 0.5 else 4
+    spread = f" +- {std:.{digits}f}, mean of {row['splits']} cuts of real pictures" if std is not None else ""
+    first = (
+        f"Frechet distance {row['fd']:.{digits}f} = {row['fd'] / floor:.1f} times that of real pictures "
+        f"({floor:.{digits}f}{spread}); precision {row['precision']:.2f}, recall {row['recall']:.2f}"
+    )
+    sizes = f"  {row['n']:,} drawings of test captions"
+    if "n_reference" in row:
+        kind = "training" if "features" in row else "real"
+        sizes += f" against {row['n_reference']:,} {kind} pictures"
+    if "features" in row:
+        sizes += f"; features: {row['features']}"
+    if "fd_unseen" in row:
+        sizes += (
+            f"; against the {row['n_unseen']:,} that nobody trained on {row['fd_unseen']:.{digits}f} = "
+            f"{row['fd_unseen'] / row['fd_unseen_floor']:.1f} times that of real ones"
+        )
+    return [first, sizes] + ([f"  {row['n_note']}"] if "n_note" in row else [])
+
+
 def row_text(row: dict) -> str:
     "A row for people"
-    pc = lambda v: f"{100 * v:.1f}%"
-
-    def counted(o):
-        return (
-            f"{pc(o['all'])} +- {100 * margin(o['all'], o['n']):.1f} ({o['n']:,} captions)"
-            if "n" in o
-            else pc(o["all"])
-        )
-
     out = []
     if "obedience" in row:
         o = row["obedience"]
@@ -100,15 +140,10 @@ def row_text(row: dict) -> str:
         ]
     if "heldout" in row:
         out += [f"  digit x ink pairs never seen in training: {counted(row['heldout'])}"]
+        if "seen_matched" in row["heldout"]:
+            out += [matched_text(row["heldout"])]
     if "fd" in row:
-        out += [
-            f"Frechet distance {row['fd']:.2f} = {row['fd'] / row['fd_floor']:.1f} times the distance "
-            f"between two real sets; precision {row['precision']:.2f}, recall {row['recall']:.2f}"
-        ]
-        sizes = f"{row['n']:,} drawings of test captions"
-        if "n_reference" in row:
-            sizes += f" against {row['n_reference']:,} training pictures; features: {row['features']}"
-        out += [f"  {sizes}"]
+        out += distance_text(row)
     elif "note" in row:
         out += [f"no Frechet distance: {row['note']}"]
     out += [
