@@ -18,7 +18,7 @@ from t2i_course.core.files import CourseError
 from t2i_course.core.ema import EMA
 from t2i_course.core.training import everyone
 from t2i_course.scale import fsdp
-from t2i_course.scale.recipes import prepare
+from t2i_course.core.prepare import prepare
 
 HOWS = ("ddp", "fsdp")
 SHARED = ("vqvae", "vqvae2", "dvae", "ddpm", "dit", "flow_matching") # the recipes with one loss

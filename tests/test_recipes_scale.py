@@ -18,7 +18,8 @@ from t2i_course.core.training import State, feed, has_bf16, train
 from t2i_course.diffusion import ddpm
 from t2i_course.scale import recipes
 from t2i_course.scale.fsdp import held, parallelize
-from t2i_course.scale.recipes import Shards, numbers, prepare
+from t2i_course.core.prepare import prepare
+from t2i_course.core.shards import Shards, numbers
 
 DIGITS = load("digits")
 CONFIG = ddpm.recipe(1, DIGITS.words, DIGITS.size, "smoke") | dict(shape=[1, 16, 16])

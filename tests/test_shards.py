@@ -12,7 +12,8 @@ from t2i_course.core.data import Draws
 from t2i_course.core.files import CourseError
 from t2i_course.core.sources import load, origin
 from t2i_course.core.metrics import SEED
-from t2i_course.scale.recipes import Shards, prepare
+from t2i_course.core.prepare import prepare
+from t2i_course.core.shards import Shards
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def origin(
 
 def on_disk(path, size=None):
     "What a folder holds: captioned images, or shards made by t2i prepare"
-    from t2i_course.scale.recipes import Shards, is_shards  # a chapter: only when asked for
+    from t2i_course.core.shards import Shards, is_shards  # a chapter: only when asked for
 
     folder = Path(path).expanduser()
     if not is_shards(folder):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.conditioning import Cond, WordTokenizer, drawn_from
 from ..core.data import Draws, Labelled
-from ..core.metrics import at_most, frechet, precision_recall, reference
+from ..core.metrics import frechet, precision_recall, reference
 from ..core.training import Turn
 from .adversarial import GAN, caption_encoder, hinge_d, hinge_g
 
@@ -390,7 +390,7 @@ def spectrum(
     seed:int=0,    # handed to draw
 )->dict:
     "Quality and variety of drawings: FD, obedience, how sure the judge is, spread in a class"
-    r = reference(data, judge, at_most(data, n))
+    r = reference(data, judge, n)
     labels = torch.arange(n)%len(data.sayings)
     x = draw([data.sayings[i] for i in labels], seed).clamp(-1, 1)
     f,(logits,) = judge.features(x),judge(x.to(judge.mean)).values()

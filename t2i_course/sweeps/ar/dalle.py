@@ -5,23 +5,13 @@ from functools import lru_cache, partial
 
 import torch
 
-from t2i_course.ar.dalle import (
-    SHORT,
-    Prior,
-    best_of,
-    build,
-    candidates,
-    counted,
-    in_turns,
-    recipe_for,
-    right,
-    sample_codes,
-    split_nll,
-)
+from t2i_course.ar.dalle import (SHORT, Prior, best_of, build, candidates, counted, recipe_for, right,
+                                 sample_codes, split_nll)
+from t2i_course.core.counting import in_turns
 from t2i_course.core.data import Draws
 from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
-from t2i_course.core.metrics import at_most, evaluate, load_judge, reference
+from t2i_course.core.metrics import evaluate, load_judge, reference
 from t2i_course.core.training import has_bf16, pick_device
 
 
@@ -165,7 +155,7 @@ def experiments(
             seeds=list(seeds),
             temperature=config["temperature"],
             guidance=config["guidance"],
-            fd_floor=reference(data, judge, at_most(data, s["n"]))["fd_floor"],
+            fd_floor=reference(data, judge, s["n"])["fd_floor"],
         )
 
     @lru_cache(1)  # all arms use the codes of the model with its palette

@@ -85,7 +85,7 @@ def experiments(
             precision=precision,
             seeds=list(seeds),
             n_codes=list(config["n_codes"]),
-            fd_floor=reference(data, judge, at_most(data, s["n"]))["fd_floor"],
+            fd_floor=reference(data, judge, s["n"])["fd_floor"],
         )
 
     @lru_cache(1)  # one codec for every arm of a seed
