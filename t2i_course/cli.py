@@ -56,7 +56,7 @@ def open_data(
 ):
     "Any data of the course; shards read like pictures"
     if not codec: return load(name, size)
-    from t2i_course.scale.recipes import Shards, is_shards
+    from t2i_course.core.shards import Shards, is_shards
     if not is_path(name) or not is_shards(name):
         raise CourseError(f'--codec is for shards of latents; {name} is not a folder made by t2i prepare')
     return Shards(Path(name).expanduser(), Model(codec).den.codec)
@@ -1023,7 +1023,7 @@ def cmd_data(a):
 def cmd_prepare(a):
     "t2i prepare"
     from tqdm import tqdm
-    from t2i_course.scale.recipes import prepare
+    from t2i_course.core.prepare import prepare
     between(a.images, 1, 1e12, '--images', whole=True)
     between(a.shard_size, 1, 1e8, '--shard-size', whole=True)
     between(a.seed, 0, 2**62, '--seed', whole=True)

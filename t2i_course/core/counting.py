@@ -175,7 +175,9 @@ def convolution(
 ) -> tuple:  # floating point operations, a function that does them
     "A 3x3 convolution that keeps the number of channels"
     b, c, h, w = shape
-    conv = nn.Conv2d(c, c, 3, padding=1).to(dtype).to(memory_format=torch.channels_last)
+    conv = (
+        nn.Conv2d(c, c, 3, padding=1).to(dtype).to(memory_format=torch.channels_last).requires_grad_(backward)
+    )
     x = (
         torch.randn(b, c, h, w)
         .to(dtype)

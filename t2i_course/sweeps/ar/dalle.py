@@ -12,12 +12,12 @@ from t2i_course.ar.dalle import (
     build,
     candidates,
     counted,
-    in_turns,
     recipe_for,
     right,
     sample_codes,
     split_nll,
 )
+from t2i_course.core.counting import in_turns
 from t2i_course.core.data import Draws
 from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
