@@ -28,20 +28,21 @@ def is_path(
 
 
 def load(
-    name,  # digits, painted, painted2, mnist, fashion, cifar10, or the path of a folder: captioned images, or made by t2i prepare
+    name,  # one of DATA, or the path of a folder: captioned images, or made by t2i prepare
     size: int = None,  # side of a folder's pictures; default 32
     codec=None,  # of shards of latents: the codec that made them
-):  # name, shape, splits, attributes, words, size, source, fingerprint, batch(split, draws), captions, demands
+):  # a Data of core.contracts: name, shape, splits, words, batch(split, draws), demands, ...
     "Any data set of the course by its name, or pictures of your own"
     if size is not None and size not in SIDES:
         raise CourseError(f"--size must be a multiple of 8 from {SIDES[0]} to {SIDES[-1]}; got {size}")
     if is_path(name):
         return on_disk(name, size, codec)
+    no_codec(name, codec)
     here = f"the folder of that name is ./{name}" if Path(name).is_dir() else ""
     if name not in DATA:
         raise CourseError(
-            f"there is no data set '{name}': choose {', '.join(DATA)}, or give a folder of images with captions"
-            + (f" ({here})" if here else ", such as ./pictures")
+            f"there is no data set '{name}': choose {', '.join(DATA)}, or give a folder of images with "
+            f"captions" + (f" ({here})" if here else ", such as ./pictures")
         )
     if size:
         raise CourseError(f"--size is for a folder of pictures; those of {name} have a size of their own")
@@ -59,14 +60,18 @@ def origin(
     return data.origin() if hasattr(data, "origin") else data
 
 
+def no_codec(name, codec):
+    if codec is not None:
+        raise CourseError(f"--codec is for shards of latents; {name} is not a folder made by t2i prepare")
+
+
 def on_disk(path, size=None, codec=None):
     "What a folder holds: captioned images, or shards made by t2i prepare"
     from t2i_course.core.shards import Shards, is_shards  # with the judge's module: only when asked for
 
     folder = Path(path).expanduser()
     if not is_shards(folder):
-        if codec is not None:
-            raise CourseError(f"a codec is for shards of latents; {path} is not a folder made by t2i prepare")
+        no_codec(path, codec)
         return Folder(folder, size or 32)
     if size:
         raise CourseError(
