@@ -16,6 +16,12 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image, features
 
 from t2i_course import cli
+from t2i_course.run.data import open_data
+from t2i_course.run.measure import eval_run
+from t2i_course.run.register import module
+from t2i_course.core.training import feed
+from t2i_course.run.settings import settings as settings_of
+from t2i_course.run.train import train_run
 from t2i_course.core import piles
 from t2i_course.core.conditioning import WordTokenizer
 from t2i_course.core.data import Draws, split_words
@@ -129,7 +135,7 @@ def test_the_name_is_stored(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     captioned(tmp_path/'digits')
     captioned(tmp_path/'mine')
-    def config(data): return cli.settings('ddpm', data, 'smoke', None, 64, 0, 'fp32')
+    def config(data): return settings_of('ddpm', data, 'smoke', None, 64, 0, 'fp32')
     assert config('digits')['data'] == 'digits' and config('digits')['shape'] == [1, 16, 16] and config('digits')['size'] is None
     assert config('./digits')['data'] == str(tmp_path/'digits') and config('./mine/')['data'] == str(tmp_path/'mine')
 
@@ -536,7 +542,7 @@ def test_size_is_for_folders(tmp_path, capsys):
     captioned(tmp_path/'mine')
     assert cli.main(['prepare', str(tmp_path/'mine'), '--images', '4', '--size', '16', '--out', str(tmp_path/'shards'), '--quiet']) == 0
     assert 'resized to 16 x 16; --size changes it' in capsys.readouterr().err
-    shards = cli.open_data(str(tmp_path/'shards'))
+    shards = open_data(str(tmp_path/'shards'))
     assert shards.shape == (3, 16, 16) == shards.origin().shape and shards.batch('test', Draws(0, torch.arange(2))).x.shape[-1] == 16
     assert 'give --size to t2i prepare' in refused(capsys, 'train', 'ddpm', '--data', tmp_path/'shards', '--size', 16, '--out', tmp_path/'r')
 
@@ -551,7 +557,7 @@ def test_a_run_keeps_its_size(tmp_path, capsys):
     assert config['size'] == 16 and config['shape'] == [3, 16, 16] and config['fingerprint'] == Folder(mine, 16).fingerprint
     assert cli.main(['sample', str(run), '--prompt', 'a square', '--out', str(tmp_path/'a.npz')]) == 0
     assert np.load(tmp_path/'a.npz')['images'].shape == (1, 16, 16, 3)
-    assert cli.eval_run(run, n=8, quiet=True)['images'] == 64
+    assert eval_run(run, n=8, quiet=True)['images'] == 64
     assert cli.main(['train', '--resume', '--out', str(run), '--quiet']) == 0
     assert cli.main(['data', str(mine), '--size', '24', '--n', '3', '--out', str(tmp_path/'b.npz')]) == 0
     assert np.load(tmp_path/'b.npz')['images'].shape == (3, 24, 24, 3)
@@ -561,13 +567,13 @@ def test_a_run_keeps_its_size(tmp_path, capsys):
 def test_large_pictures_go_without_the_closed_form(tmp_path, recipe, capsys):
     "Its fit takes 0.4 seconds of a core at 32 pixels a side and 4 at 48; at 96 it would take minutes and a table of 340 MB"
     mine = captioned(tmp_path/'mine', 12)
-    def config(size): return cli.settings(recipe, str(mine), 'smoke', None, 64, 0, 'fp32', size=size)
+    def config(size): return settings_of(recipe, str(mine), 'smoke', None, 64, 0, 'fp32', size=size)
     assert config(64)['skip'] and 'too large' not in capsys.readouterr().err
     large = config(96)
     assert not large['skip'] and 'pictures of 96 x 96 are too large for the closed-form head start' in capsys.readouterr().err
-    tok, den = cli.module(recipe).build(large)
+    tok, den = module(recipe).build(large)
     draws = Draws(0, torch.arange(2))
-    x, cond = cli.feed(load(mine, 96), tok)(draws)
+    x, cond = feed(load(mine, 96), tok)(draws)
     loss = den.loss(x, cond, draws)
     assert getattr(den, 'skip', None) is None and loss.isfinite().all()
 
@@ -657,14 +663,14 @@ def test_a_tar_file_writes_nowhere_else(tmp_path):
 
 def test_two_pictures_can_be_trained_on(tmp_path):
     captioned(tmp_path/'two', 2)
-    out = cli.train_run('flow_matching', str(tmp_path/'two'), scale='smoke', images=32, out=tmp_path/'run', quiet=True)
+    out = train_run('flow_matching', str(tmp_path/'two'), scale='smoke', images=32, out=tmp_path/'run', quiet=True)
     assert (out/'model.safetensors').exists()
 
 
 def test_a_new_run_reads_its_folder_once(tmp_path, capsys):
     captioned(tmp_path/'some')
     (tmp_path/'some'/'broken.png').write_bytes(b'no picture')
-    cli.train_run('ddpm', str(tmp_path/'some'), scale='smoke', images=32, out=tmp_path/'run', quiet=True)
+    train_run('ddpm', str(tmp_path/'some'), scale='smoke', images=32, out=tmp_path/'run', quiet=True)
     assert capsys.readouterr().err.count('skipped 1 ') == 1
 
 

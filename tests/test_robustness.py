@@ -7,6 +7,10 @@ import pytest
 import torch
 from PIL import Image
 from t2i_course import cli
+from t2i_course.run.progress import progress_bar
+from t2i_course.run.sample import sample_run
+from t2i_course.run import train as command
+from t2i_course.run.train import train_run
 from t2i_course.core import files
 from t2i_course.core.files import CourseError
 
@@ -24,7 +28,7 @@ def refused(capsys, *args):
 def run(tmp_path_factory):
     "A small trained run on the digits"
     out = tmp_path_factory.mktemp('run')/'r'
-    cli.train_run('flow_matching', 'digits', scale='smoke', images=96, out=out, precision='fp32', quiet=True)
+    train_run('flow_matching', 'digits', scale='smoke', images=96, out=out, precision='fp32', quiet=True)
     return out
 
 @pytest.fixture
@@ -168,9 +172,9 @@ def test_odd_captions(run, tmp_path, capsys):
     assert z['images'].shape==(3,16,16,1) and z['images'].dtype==np.uint8 and z['captions'].dtype.kind=='U'
 
 def test_captions_keep_their_order(run, tmp_path):
-    x,texts = cli.sample_run(run, ['a handwritten two', 'a handwritten six'], per_caption=2, steps=2)
+    x,texts = sample_run(run, ['a handwritten two', 'a handwritten six'], per_caption=2, steps=2)
     assert texts==['a handwritten two']*2+['a handwritten six']*2 and len(x)==4
-    again,_ = cli.sample_run(run, ['a handwritten two', 'a handwritten six'], per_caption=2, steps=2)
+    again,_ = sample_run(run, ['a handwritten two', 'a handwritten six'], per_caption=2, steps=2)
     assert (x==again).all()
 
 # ---- nothing is lost ----
@@ -212,12 +216,12 @@ def train_in_child(out, limit=None, training=None):
         import resource
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    train = cli.train
+    train = command.train
     def noted(*args, **kwargs):
         for r in train(*args, **kwargs):
             if training is not None: training.value = 1
             yield r
-    cli.train = noted
+    command.train = noted
     torch.set_num_threads(1)
     os._exit(cli.main(['train', 'flow_matching', '--data', 'digits', '--scale', 'smoke', '--images', '4000',
                        '--precision', 'fp32', '--save-every', '.2', '--resume', '--quiet',
@@ -297,14 +301,14 @@ def test_no_room_for_the_checkpoint(children, tmp_path):
     assert p.exitcode==2 and not (out/'checkpoint.safetensors').exists() and not list(out.glob('.*.part'))
 
 def test_head_start_longer_than_the_clock(capsys):
-    bar = cli.progress_bar(SimpleNamespace(seconds=4.), dict(images=None, seconds=2.), quiet=False)
+    bar = progress_bar(SimpleNamespace(seconds=4.), dict(images=None, seconds=2.), quiet=False)
     bar(None)
     assert '2/2 s' in capsys.readouterr().err
 
 def test_seconds_clock_keeps_the_used_time(tmp_path):
     out,start = tmp_path/'r',time.perf_counter()
-    cli.train_run('ddpm', 'digits', scale='smoke', seconds=1.5, out=out, quiet=True)
+    train_run('ddpm', 'digits', scale='smoke', seconds=1.5, out=out, quiet=True)
     took = time.perf_counter()-start
     done = json.loads((out/'train.json').read_text())
-    cli.train_run('ddpm', out=out, resume=True, quiet=True) # nothing left to do
+    train_run('ddpm', out=out, resume=True, quiet=True) # nothing left to do
     assert json.loads((out/'train.json').read_text())['images']==done['images'] and 1.5<=done['seconds']<=took

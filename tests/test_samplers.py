@@ -51,7 +51,6 @@ class Told:
 
 @pytest.fixture(autouse=True)
 def same_noise(monkeypatch):
-    pytest.importorskip("diffusers.schedulers")
     tell(monkeypatch.setattr)
 
 

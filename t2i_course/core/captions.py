@@ -26,7 +26,7 @@ TEXT = ("text", "caption", "prompt", "texts", "captions", "prompts")  # and thos
 
 def raw(
     name,
-):  # a name inside a folder is text with /; bytes that are no UTF-8 are kept as surrogates, whatever the locale
+):  # a name inside a folder is text with /; bytes that are no UTF-8 become surrogates, whatever the locale
     return name.encode("utf-8", "surrogateescape")
 
 

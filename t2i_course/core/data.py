@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'INKS', 'PAPERS', 'WEIGHTS', 'LEANS', 'EDGE', 'STROKE', 'HELD_OUT', 'ATTRIBUTES', 'Batch', 'mix', 'Draws',
            'glyphs', 'glyph_split', 'enlarge', 'stroke_width', 'level', 'slant', 'warp', 'draw_masks', 'paint',
-           'kind_of', 'split_words', 'n_tokens', 'check_split', 'an', 'Painted', 'PaintedTwo', 'in_epochs', 'Labelled',
-           'Digits', 'Wrapped', 'scale', 'dial', 'results_path', 'results']
+           'kind_of', 'split_words', 'n_tokens', 'check_split', 'deal_inks', 'an', 'Painted', 'PaintedTwo', 'in_epochs',
+           'Labelled', 'Digits', 'Wrapped', 'scale', 'dial', 'results_path', 'results']
 
 # %% ../../nbs/01_core/01_data.ipynb #10f37af7
 import json, math, os, re, unicodedata
+from copy import copy
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -296,6 +297,23 @@ def _values(attributes:dict, attrs:dict, named:dict)->dict: # name -> b words, N
     return {k:[vs[i] if n else None for i,n in zip(attrs[k].tolist(), named[k].tolist())]
             for k,vs in attributes.items()}
 
+# %% ../../nbs/01_core/01_data.ipynb #dea1inks
+def deal_inks(
+    digit:Tensor, # (b) int64
+    ink:Tensor,   # (b) int64; each digit and its ink are a held-out pair
+    draws:Draws,  # the random numbers of these images
+    side:str='',  # of two digits, which
+)->Tensor:        # (b) int64: the same inks in another order
+    "Deal the inks of held-out pairs out anew, so that training shows every pair"
+    held,ink = _held(),ink[draws.uniform('deal'+side).argsort()]
+    for i in held[digit,ink].nonzero()[:,0].tolist(): # it changes its ink with another picture, where both are then allowed
+        if not held[digit[i],ink[i]]: continue # it was the other picture already
+        free = (~held[digit[i],ink]&~held[digit,ink[i]]).nonzero()[:,0]
+        if not len(free): raise CourseError(f'the inks of {len(ink)} held-out pictures cannot be dealt out anew: take more of them')
+        j = free[(free>i).int().argmax()].item() # the next one
+        ink[i],ink[j] = ink[j].item(),ink[i].item()
+    return ink
+
 # %% ../../nbs/01_core/01_data.ipynb #7551dbef
 def an(caption:str)->str:
     "a orange eight -> an orange eight"
@@ -321,7 +339,16 @@ class Painted:
         draws:Draws, # the random numbers of these images
     )->Batch:        # x (b 3 32 32)
         "Captioned images; a function of (split, seed, index) alone"
-        g,a = self.attrs(split, draws)
+        return self._shown(split, draws, *self.attrs(split, draws))
+
+    def seen_matched(self,
+        draws:Draws, # the random numbers of these images
+    )->Batch:        # x (b 3 32 32)
+        "The held-out pictures of these draws in other inks: the same digits, inks and further words, in pairs that training shows"
+        g,a = self.attrs('heldout', draws)
+        return self._shown('heldout', draws, g, a|dict(ink=deal_inks(a['digit'], a['ink'], draws)))
+
+    def _shown(self, split, draws, g, a):
         j = draws.uniform('jitter', 5)*2-1
         shear = (a['lean']-1)*.42+.05*j[:,0]
         m = draw_masks(g, a['weight'], shear, math.radians(4)*j[:,1], .72*(1+.05*j[:,2]), j[:,3:5])
@@ -372,10 +399,21 @@ class PaintedTwo:
     )->Batch:        # x (b 3 32 32)
         "Captioned images; a function of (split, seed, index) alone"
         check_split(self, split)
+        return self._shown(split, draws, {side:_pick(split, draws, side) for side in ('left','right')})
+
+    def seen_matched(self,
+        draws:Draws, # the random numbers of these images
+    )->Batch:        # x (b 3 32 32)
+        "As `Painted.seen_matched`, the left and the right inks each among themselves"
+        picked = {side:_pick('heldout', draws, side) for side in ('left','right')}
+        dealt = {side:(g,digit,deal_inks(digit, ink, draws, side)) for side,(g,digit,ink) in picked.items()}
+        return self._shown('heldout', draws, dealt)
+
+    def _shown(self, split, draws, picked):
         a,paper = {},draws.choice('paper', 4)
         x = _colors(PAPERS)[paper][:,:,None,None]
         for side,centre in (('left',-7.8), ('right',7.8)):
-            g,a[f'digit_{side}'],a[f'ink_{side}'] = _pick(split, draws, side)
+            g,a[f'digit_{side}'],a[f'ink_{side}'] = picked[side]
             j = draws.uniform('jitter'+side, 5)*2-1
             m = draw_masks(g, draws.choice('weight'+side, 2), .05*j[:,0], math.radians(4)*j[:,1], .5*(1+.04*j[:,2]),
                            .6*j[:,3:]+torch.tensor([centre,0.]))
@@ -461,6 +499,10 @@ class Labelled:
         named = {self.attribute:torch.ones(len(i), dtype=torch.bool)}
         return Batch(self.pictures(split, i, draws), self.captions(a, named), a, named)
 
+    def still(self): # for sets that move their training pictures
+        "The same pictures as they are, without the random movements of training"
+        return self
+
     def captions(self,
         attrs:dict, # name -> (b) int64
         named:dict, # name -> (b) bool
@@ -486,6 +528,11 @@ class Digits(Labelled):
         self.glyph,(_,y) = glyph_split(),glyphs()
         super().__init__('digits', (1,16,16), {k:y[i] for k,i in self.glyph.items()},
                          "scikit-learn digits, split 4:1 by glyph")
+
+    def still(self):
+        same = copy(self)
+        same.jitter = 0.
+        return same
 
     def pictures(self, split, i, draws): # (b 1 16 16)
         j = (draws.uniform('jitter', 4)*2-1)*(self.jitter if split=='train' else 0)

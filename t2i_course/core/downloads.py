@@ -21,7 +21,7 @@ def _resolved(value):
 
 
 def data_root():
-    "The folder of downloaded data: T2I_DATA, or ~/.cache/t2i_course; a relative path is resolved at first use"
+    "The folder of downloaded data: T2I_DATA, or ~/.cache/t2i_course; a relative path is resolved once"
     return _resolved(os.environ.get("T2I_DATA") or "~/.cache/t2i_course")
 
 

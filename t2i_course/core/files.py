@@ -1,4 +1,4 @@
-"""Errors with advice, lines for the user, and the one way in which a file is written: whole, or not at all."""
+"""Errors with advice, lines for the user, and the one way to write a file: whole, or not at all."""
 
 import errno
 import hashlib
@@ -11,6 +11,7 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -75,13 +76,27 @@ def between(
     return value
 
 
+def make_folder(
+    out,  # where to
+) -> Path:
+    "Make a folder and try to write there"
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".try").touch()
+        (out / ".try").unlink()
+    except OSError as e:
+        raise CourseError(f"{out} cannot be written ({e.strerror}). Choose another --out.") from e
+    return out
+
+
 def write_whole(
     path,  # where to
     write,  # write(temporary path)
 ):
     "Write beside the target, flush, put in place: a full disk or a power cut leaves the old file whole"
     path = Path(path)
-    # cut, because a name may be as long as the file system allows; the thread, because two may write into one folder
+    # cut, because a name may be as long as the file system allows; the thread, because two may write here
     tmp = path.with_name(f".{path.name[:40]}.{os.getpid()}-{threading.get_ident() % 10**6}.part")
     try:
         write(tmp)
@@ -122,6 +137,19 @@ def write_json(
     write_whole(path, lambda p: p.write_bytes(text.encode()))  # the same bytes in every locale and system
 
 
+def write_npz(
+    path,  # a .npz file
+    **arrays,  # name -> array
+):
+    "Arrays in one compressed file, written whole"
+
+    def write(p):
+        with open(p, "wb") as f:
+            np.savez_compressed(f, **arrays)
+
+    write_whole(path, write)
+
+
 def digest(
     tensors: dict,  # name -> tensor
     note: str,  # the JSON saved with them
@@ -158,7 +186,7 @@ def load_tensors(
         raise CourseError(f"{path} does not exist")
     try:
         with safe_open(path, "pt") as f:
-            # copies: the file stays open while one of its own tensors lives, and Windows replaces no open file
+            # copies: the file stays open while one of its tensors lives, and Windows replaces no open file
             tensors, header = {k: f.get_tensor(k).clone() for k in f.keys()}, f.metadata() or {}
         note = json.loads(header.get("note", "{}"))
     except Exception as e:

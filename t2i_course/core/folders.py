@@ -25,8 +25,8 @@ TESTS = {"test", "val", "valid", "validation"}  # folders beside train
 
 
 def eight_bit(im, white=None):
-    """Gray of more than 8 bits. White is 65535 where the file says 16 bits; else 1 (floats), 255 or 65535, whichever is
-    the first that no value exceeds"""
+    """Gray of more than 8 bits. White is 65535 where a file says 16 bits; else 1 (floats), 255 or 65535, the
+    first that no value exceeds"""
     v = np.asarray(im).astype(np.float64)
     white = white or next(
         (w for w in ((1, 255, 65535) if im.mode == "F" else (255, 65535)) if v.max() <= w), None
@@ -39,7 +39,8 @@ def eight_bit(im, white=None):
 
 
 def picture(file, size):  # (3 size size) uint8
-    "Turned as its camera says, on white where transparent, cropped to its central square and resized; the first of several"
+    "Turned as its camera says, on white where transparent, cropped to its central square and resized;"
+    "the first of several"
     from PIL import Image, ImageOps
 
     with open(file, "rb") as f, Image.open(f) as im:
@@ -55,7 +56,7 @@ def picture(file, size):  # (3 size size) uint8
 
 
 def unpacked(tar, to):
-    "Every plain file of an archive, wherever it says it wants to be, into the folder `to`; the reason why it ended early"
+    "Every plain file of an archive, wherever it wants to be, into the folder `to`; why it ended early"
     to = os.path.realpath(os.fsencode(to))
     try:
         with tarfile.open(tar) as archive:
@@ -94,7 +95,7 @@ def piles(path):
 
 
 class Folder:
-    "Any folder or tar file of images with captions: NAME.txt beside NAME.png, or metadata with file_name and text"
+    "A folder or tar file of images with captions: NAME.txt beside NAME.png, or metadata with file_name, text"
 
     attributes = {}
 
@@ -102,7 +103,8 @@ class Folder:
         self.path = Path(path).expanduser().resolve()
         if not self.path.is_dir() and not (self.path.is_file() and tarfile.is_tarfile(self.path)):
             raise CourseError(
-                f"{shown(str(path))} is not a folder: give a folder of images with captions, or a .tar of them"
+                f"{shown(str(path))} is not a folder: give a folder of images with captions, or a .tar of "
+                f"them"
             )
         try:
             str(self.path).encode()
@@ -131,18 +133,21 @@ class Folder:
             say(f"{self.name}: {text}")
         for why, names in left.items():
             say(
-                f"{self.name}: skipped {len(names)} {why}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+                f"{self.name}: skipped {len(names)} {why}: "
+                f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
             )
         if len(kept) < 2:
             raise CourseError(
-                f"{path} has {len(kept) or 'no'} usable captioned image{'s' * (len(kept) != 1)}, and at least 2 "
+                f"{path} has {len(kept) or 'no'} usable captioned image{'s' * (len(kept) != 1)}, and at "
+                f"least 2 "
                 f"are needed{''.join(f'; {n}' for n in notes)}: put NAME.txt with the caption beside each "
                 'NAME.png or NAME.jpg, or write metadata.jsonl with "file_name" and "text"'
             )
         self.take(kept)
 
     def take(self, kept):
-        "Divide (name, picture, captions) into splits, for good: by the folders train and test, else by a hash of the name"
+        "Divide (name, picture, captions) into splits, for good: by the folders train and test, else by"
+        "a hash of the name"
         names = [composed(name) for name, *_ in kept]
         ranks = [int(hashlib.sha256(raw(name)).hexdigest()[:15], 16) for name in names]
         tops = [name.lower().split("/")[0] for name in names]
@@ -166,13 +171,15 @@ class Folder:
         long = sum(len(ws) > 63 for s in words for ws in words[s])
         if long:
             say(
-                f"{self.name}: {long} caption{'s are' if long > 1 else ' is'} longer than 63 words and read up to there"
+                f"{self.name}: {long} caption{'s are' if long > 1 else ' is'} longer than 63 words and "
+                f"read up to there"
             )
         n, m, pairs = len(self.x["train"]), len(self.x["test"]), sum(map(len, self.texts.values()))
         more = f", {pairs:,} captions" if pairs > n + m else ""
         self.source = f"folder {self.name}, {n:,} training images, {m:,} for testing{more}"
         self.crop = (
-            f"{self.name}: {n + m:,} pictures, the central square of each resized to {self.shape[1]} x {self.shape[2]}; "
+            f"{self.name}: {n + m:,} pictures, the central square of each resized to {self.shape[1]} x "
+            f"{self.shape[2]}; "
             "--size changes it"
         )
         h = hashlib.sha256()

@@ -101,7 +101,7 @@ _making = threading.RLock()
 
 @contextmanager
 def undisturbed():
-    "Random numbers of torch, numpy and Python are afterwards what they were: the process may be a notebook. One thread at a time"
+    "Random numbers are afterwards what they were: the process may be a notebook. One thread at a time"
     with _making:
         cuda = (
             torch.cuda.is_available() and "LOCAL_RANK" not in os.environ

@@ -58,7 +58,8 @@ def model_hash(
 def config_hash(
     config: dict,  # settings of a run
 ) -> str:  # 16 hex digits
-    "Ties checkpoints and models to the settings they were made with; where folders lie does not matter, they may be moved"
+    "Ties checkpoints and models to the settings they were made with; where folders lie does not matter,"
+    "they may be moved"
     config = {k: v for k, v in config.items() if k != "codec" and not (k == "data" and is_path(v))}
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -28,9 +28,9 @@ def is_path(
 
 
 def load(
-    name,  # digits, painted, painted2, mnist, fashion, cifar10, or the path of a folder: captioned images, or made by t2i prepare
+    name,  # one of DATA, or the path of a folder: captioned images, or made by t2i prepare
     size: int = None,  # side of a folder's pictures; default 32
-):  # name, shape, splits, attributes, words, size, source, fingerprint, batch(split, draws), captions, demands
+):  # a Data of core.contracts: name, shape, splits, words, batch(split, draws), demands, ...
     "Any data set of the course by its name, or pictures of your own"
     if size is not None and size not in SIDES:
         raise CourseError(f"--size must be a multiple of 8 from {SIDES[0]} to {SIDES[-1]}; got {size}")
@@ -39,8 +39,8 @@ def load(
     here = f"the folder of that name is ./{name}" if Path(name).is_dir() else ""
     if name not in DATA:
         raise CourseError(
-            f"there is no data set '{name}': choose {', '.join(DATA)}, or give a folder of images with captions"
-            + (f" ({here})" if here else ", such as ./pictures")
+            f"there is no data set '{name}': choose {', '.join(DATA)}, or give a folder of images with "
+            f"captions" + (f" ({here})" if here else ", such as ./pictures")
         )
     if size:
         raise CourseError(f"--size is for a folder of pictures; those of {name} have a size of their own")

@@ -54,7 +54,8 @@ def kept_arms(
     head: dict,  # what it says now of its making
     keys,  # of the arms
 ) -> dict:  # key -> value
-    "What was finished by the same code, with the same scale and seeds, on the same machine: one file never mixes two"
+    "What was finished by the same code, with the same scale and seeds, on the same machine: one file"
+    "never mixes two"
     if not Path(path).exists():
         return {}
     try:
@@ -140,7 +141,8 @@ def make_arms(
         say(f"{i} of {len(arms)} {key} ...")
         value = json.loads(json.dumps(make()))  # as it will be read again
         other = twin(key, value, done, equal)
-        same = f"{key} and {other} came out the same to the last bit: the setting that differs between them had no effect"
+        same = f"{key} and {other} came out the same to the last bit: the setting that differs between "
+        "them had no effect"
         if other and head["scale"] == "smoke":
             say(f"  {same} in so short a run")  # a code must be unused for long to be restarted
         elif other:
