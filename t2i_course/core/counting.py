@@ -152,18 +152,23 @@ def in_turns(
     return took
 
 
+def wait(device):
+    "Until the device has done what it was given: GPUs work ahead of the program"
+    if str(device).startswith("cuda"):
+        torch.cuda.synchronize()
+
+
 def product(
     n: int,  # side of the matrices
     dtype=torch.float32,
     device: str = "cpu",
 ) -> tuple:  # floating point operations, a function that does them
-    "A product of two square matrices, waited for: GPUs work ahead of the program"
+    "A product of two square matrices, waited for"
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
 
     def run():
         a @ b
-        if str(device).startswith("cuda"):
-            torch.cuda.synchronize()
+        wait(device)
 
     return 2 * n**3, run
 

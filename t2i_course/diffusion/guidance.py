@@ -41,7 +41,7 @@ class Nulls(nn.Module):
         kind = cond.ids[:,:1]
         out = self.encoder(cond.map(lambda f: f.clamp_min(0) if f.dtype==torch.int64 else f))
         put = lambda f,kind: torch.where(kind==LEARNED, self.nothing, torch.where(kind==ZEROS, 0., f))
-        return Cond(put(out.seq, kind[:,:,None]), put(out.pooled, kind), out.mask, out.ids)
+        return out.encoded(put(out.seq, kind[:,:,None]), put(out.pooled, kind))
 
 def nulls(
     tok,   # captions -> Cond

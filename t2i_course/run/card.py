@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from t2i_course.core.counting import multiply_adds
 from t2i_course.core.data import scale as current_scale
 from t2i_course.core.files import write_whole
 from t2i_course.core.sources import load
@@ -22,7 +23,7 @@ def report_card(
     seconds,  # training time of each
 ):
     "Every recipe that stands for a paradigm, with the same clock; pictures of the first seed beside numbers"
-    from t2i_course.capstone.report_card import drawing_flops, experiments, training_memory, variety
+    from t2i_course.capstone.report_card import experiments, training_memory, variety
     from t2i_course.core.metrics import load_judge
     from t2i_course.core.plots import mosaic
 
@@ -34,9 +35,10 @@ def report_card(
         for r, m in zip(found["rows"], models):
             r["variety"] = variety(m.draw, data, judge, PROMPTS)
         m = models[0]
+        draw = m.den.painter(m.tok, m.config)
         return found | dict(
             paradigm=paradigm,
-            multiply_adds=drawing_flops(m.den.painter(m.tok, m.config), PROMPTS[:4]),
+            multiply_adds=multiply_adds(lambda: draw(PROMPTS[:4], 0)) / 4 / 1e6,  # millions, for one picture
             memory=training_memory(m.den, m.tok, data, m.config["batch"], m.config["precision"]),
             batch=m.config["batch"],
         )

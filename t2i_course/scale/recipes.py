@@ -10,7 +10,6 @@ __all__ = ['PEAKS', 'PRICES', 'PRESETS', 'count', 'n_params', 'of_recipe', 'memo
 from functools import partial
 from importlib import import_module
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from ..core.conditioning import raw_cond
 from ..core.counting import Kept, kept, macs
