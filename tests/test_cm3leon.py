@@ -6,6 +6,7 @@ from t2i_course.ar.cm3leon import DRAW, READ, RECOLOUR, Layout, Recoloured, answ
 from t2i_course.core.conditioning import PAD
 from t2i_course.core.data import HELD_OUT, Draws
 from t2i_course.core.sources import load
+from uses import built
 
 
 @pytest.fixture(scope="module")
@@ -14,9 +15,9 @@ def made():
     data = load("painted")
     config = cm3leon.recipe_for(data, "smoke")
     torch.manual_seed(0)
-    tok, model = cm3leon.build(config)
+    tok, model = built(cm3leon, config)
     for p in model.model.parameters(): p.data += .1 * torch.randn_like(p)
-    model.memory.fill(model.codec.eval(), data, tok)
+    model.prepare(data, tok, config)
     return tok, model, data, config
 
 
@@ -112,7 +113,8 @@ def test_lessons_are_what_they_say(made):
 def test_no_recolouring_without_colours():
     data = load("digits")
     config = cm3leon.recipe_for(data, "smoke")
-    tok, model = cm3leon.build(config)
+    tok, model = built(cm3leon, config)
+    model.prepare(data, tok, config)
     draws = Draws(0, torch.arange(30))
     b = data.batch("train", draws)
     context, *_ = model.lesson(b.x, tok(b.captions), draws)
