@@ -72,7 +72,7 @@ def test_retrieval_finds_the_most_alike(made):
 def test_memory_holds_training_pictures_only(made):
     tok, model, data, config = made
     b = data.batch("train", Draws(777, torch.arange(20)))
-    assert torch.equal(model.memory.ids[:20], tok(b.captions).ids) and torch.equal(model.memory.codes[:20], model.codec.codes(b.x).flatten(1))
+    assert torch.equal(model.memory.ids[:20], tok(b.captions).ids) and torch.equal(model.memory.codes[:20], model.codec.encode(b.x).flatten(1))
 
 
 def test_recoloured_twins():
@@ -94,8 +94,8 @@ def test_lessons_are_what_they_say(made):
     old, model.tasks = model.tasks, (1., 1., 1.)
     context, goal, size = model.lesson(b.x, tok(b.captions), draws)
     model.tasks = old
-    lay, codes = model.model.layout, model.codec.codes(b.x).flatten(1)
-    twins = model.codec.codes(Recoloured().batch("train", draws).x).flatten(1)
+    lay, codes = model.model.layout, model.codec.encode(b.x).flatten(1)
+    twins = model.codec.encode(Recoloured().batch("train", draws).x).flatten(1)
     task = context[:, lay.start] - lay.first_task
     assert set(task.tolist()) == {DRAW, RECOLOUR, READ}
     source = context[:, lay.start + 1 + lay.n_text:]

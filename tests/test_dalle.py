@@ -211,9 +211,9 @@ def test_palette_is_a_discrete_codec():
     torch.manual_seed(0)
     codec = Palette(3, (8, 16), 7, 4, columns=8).eval()
     x = Painted().batch("test", Draws(0, torch.arange(5))).x
-    ids = codec.codes(x)
+    ids = codec.encode(x)
     assert ids.shape == (5, *codec.grid((3, 32, 32))) == (5, 9, 8) and ids.max() < 7
-    assert codec.decode_codes(ids).shape == x.shape and codec.loss(x).shape == (5,)
+    assert codec.decode(ids).shape == x.shape and codec.loss(x).shape == (5,)
 
 
 # --- Re-ranking ---

@@ -106,7 +106,7 @@ def test_codes_are_read_from_a_table_and_learned():
     feed = parti.coded(codec, data, tok, 64)
     codes, cond = feed(Draws(0, torch.arange(60, 70)))
     b = data.batch("train", Draws(0, torch.arange(64)))
-    assert torch.equal(codes[:4], codec.codes(b.x)[60:64]) and torch.equal(codes[4:], codec.codes(b.x)[:6])
+    assert torch.equal(codes[:4], codec.encode(b.x)[60:64]) and torch.equal(codes[4:], codec.encode(b.x)[:6])
     assert torch.equal(cond.ids[0], tok(b.captions[60:61]).ids[0])
     prior = parti.CodePrior(parti.EncoderDecoder(len(tok), config.max_len, 16, codec.grid(data.shape), 32, 1, 1, 2), tok.null())
     before = parti.held_out_nll(prior, feed, 64)

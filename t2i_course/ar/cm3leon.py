@@ -155,7 +155,7 @@ class Memory(nn.Module):
         for part in torch.arange(len(self.ids)).split(500):
             b = data.batch('train', Draws(777, part))
             self.ids[part] = tok(b.captions).ids.to(self.ids.device)
-            self.codes[part] = codec.codes(b.x.to(self.codes.device)).flatten(1)
+            self.codes[part] = codec.encode(b.x.to(self.codes.device)).flatten(1)
     def retrieve(self,
         ids:Tensor,   # (b n_text) captions
         draws:Draws,  # random numbers of these pictures: ties are broken by chance
@@ -246,7 +246,7 @@ class CM3Leon(OnCodes):
         cut = torch.tensor(self.tasks).cumsum(0).to(u.device)/sum(self.tasks)
         task = (u[:,None]>=cut[:-1]).sum(1)
         if self.repaint is None: task = torch.where(task==RECOLOUR, DRAW, task)
-        codes = self.codec.codes(x0).flatten(1)
+        codes = self.codec.encode(x0).flatten(1)
         told = cond.drop(draws.uniform('drop')>=self.p_drop, self.null.to(u.device)).ids
         text,source,goal = told.clone(),torch.full_like(codes, -1),codes+lay.first_code
         count = (draws.uniform('examples')*(lay.n_examples+1)).long()
@@ -263,7 +263,7 @@ class CM3Leon(OnCodes):
             inks = [self.data.attributes['ink'][i] for i in twin.attrs['ink'].tolist()]
             text[paints] = self.tok([instruction(i) for i in inks]).ids.to(text.device)
             source[paints] = codes[paints]
-            goal[paints,:lay.n_image] = self.codec.codes(twin.x.to(x0.device)).flatten(1)+lay.first_code
+            goal[paints,:lay.n_image] = self.codec.encode(twin.x.to(x0.device)).flatten(1)+lay.first_code
         found,theirs = self.examples(told, draws, torch.where(task==DRAW, count, 0))
         # a caption ends with one PAD
         size = torch.where(task==READ, (goal!=PAD).sum(1)+1, lay.n_image).clamp(max=goal.shape[1])
@@ -307,7 +307,7 @@ class CM3Leon(OnCodes):
     )->Tensor:          # (b) bits a code
         "How well the model expects the codes of a picture, given its caption and some examples"
         told,lay = self.contexts(cond, draws, examples)[0],self.model.layout
-        codes = self.codec.codes(x).flatten(1)
+        codes = self.codec.encode(x).flatten(1)
         goal = codes+lay.first_code
         logits = self.model(torch.cat([told, goal[:,:-1]], 1))[:,told.shape[1]-1:,lay.first_code:]
         return F.cross_entropy(logits.mT, codes, reduction='none').mean(1)/math.log(2)
@@ -320,9 +320,9 @@ class CM3Leon(OnCodes):
         "An instruction obeyed: the same picture in another ink"
         lay = self.model.layout
         text = self.tok([instruction(i) for i in inks]).ids.to(x.device)
-        context = lay.context(text.new_full((len(x),), RECOLOUR), text, self.codec.codes(x).flatten(1))
+        context = lay.context(text.new_full((len(x),), RECOLOUR), text, self.codec.encode(x).flatten(1))
         codes = answer(self.model, context, 'codes', draws, temperature)
-        return self.codec.decode_codes(codes.view(-1, *lay.grid))
+        return self.codec.decode(codes.view(-1, *lay.grid))
     def captions(self,
         x:Tensor,     # (b c h w) pictures
         draws:Draws,  # random numbers of these pictures
@@ -331,7 +331,7 @@ class CM3Leon(OnCodes):
         "The other direction: a picture in words"
         lay = self.model.layout
         text = torch.full((len(x), lay.n_text), PAD, device=x.device)
-        context = lay.context(text.new_full((len(x),), READ), text, self.codec.codes(x).flatten(1))
+        context = lay.context(text.new_full((len(x),), READ), text, self.codec.encode(x).flatten(1))
         out = answer(self.model, context, 'words', draws, temperature)
         def words(ids):
             return ' '.join(self.tok.words[i-3] for i in ids[:ids.index(PAD) if PAD in ids else None] if i>=3)
@@ -340,7 +340,7 @@ class CM3Leon(OnCodes):
     def paint(self, cond, draws, config): # (b) captions -> (b c h w)
         "With `examples` retrieved pairs in the context"
         codes = self.draw_codes(cond, draws, config.examples, config.temperature, config.guidance)
-        return self.codec.decode_codes(codes)
+        return self.codec.decode(codes)
 
 # %% ../../nbs/07_ar/04_cm3leon.ipynb #cb50e589
 # ---- the recipe ----

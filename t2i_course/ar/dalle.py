@@ -330,7 +330,7 @@ def counted(
     for part in torch.arange(images).split(500):
         b = data.batch('train', Draws(seed, part))
         ids.append(tok(b.captions).ids)
-        codes.append(codec.codes(b.x.to(device)).flatten(1))
+        codes.append(codec.encode(b.x.to(device)).flatten(1))
     return torch.cat(ids).to(device),torch.cat(codes)
 
 # %% ../../nbs/07_ar/02_dalle.ipynb #c3977c81
@@ -508,7 +508,7 @@ class DallE(OnCodes):
         self.scorer = scorer
         if scorer is not None: self.net = Both(prior, scorer)
     def loss(self, x0, cond, draws): # as in OnCodes
-        codes = self.codec.codes(x0)
+        codes = self.codec.encode(x0)
         return self.net(codes, cond, draws) if self.scorer is None else self.net(codes, x0, cond, draws)
     def prepare(self, data, tok, config):
         "Count the codes of some pictures, where the prior begins with counts"
@@ -525,7 +525,7 @@ class DallE(OnCodes):
         "Several candidates a caption, of which the scorer keeps the one that fits best"
         best = None
         for i in range(config.candidates):
-            x = self.codec.decode_codes(self.prior.sample(cond, draws, config, f'codes {i}'))
+            x = self.codec.decode(self.prior.sample(cond, draws, config, f'codes {i}'))
             if config.candidates==1: return x
             fit = self.scorer.fit(x, cond)
             if best is None: best,most = x,fit
@@ -641,7 +641,7 @@ def split_nll(
     parts = []
     for part in torch.arange(n).split(250):
         b = data.batch('test', Draws(77, part))
-        parts.append(torch.stack(nll(net.eval(), tok(b.captions), codec.codes(b.x).flatten(1))))
+        parts.append(torch.stack(nll(net.eval(), tok(b.captions), codec.encode(b.x).flatten(1))))
     text,image = torch.cat(parts, 1).mean(1).tolist()
     return dict(text=text, image=image)
 
@@ -671,7 +671,7 @@ def candidates(
     model.net.eval()
     for i in range(n):
         ids = model.prior.sample(cond, draws, config, f'codes {i}')
-        x = model.codec.decode_codes(ids).clamp(-1, 1)
+        x = model.codec.decode(ids).clamp(-1, 1)
         for o,v in zip(out, (x, model.scorer.fit(x, cond), model.prior.fit(ids, cond))): o.append(v)
     return tuple(torch.stack(o) for o in out)
 

@@ -189,7 +189,7 @@ def coded(
     ids,words = [],[]
     for part in torch.arange(images).split(500):
         b = data.batch(split, Draws(0, part))
-        ids.append(codec.codes(b.x)); words += b.captions
+        ids.append(codec.encode(b.x)); words += b.captions
     ids,cond = torch.cat(ids),tok(words)
     def f(draws):
         i = draws.index.cpu()%images

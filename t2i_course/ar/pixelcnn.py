@@ -328,6 +328,7 @@ PICTURES = True # it trains on pictures, not on latents
 @dataclass(kw_only=True)
 class Config(contracts.Config):
     "Both priors; the codec is a run of its own"
+    recipe: str='pixelcnn'
     width: int             # channels of the priors
     depth: int             # gated blocks of each
     dim: int               # width of the text encoder
@@ -359,7 +360,7 @@ def recipe_for(
     seconds:float=None,# of training
 )->Config:
     "Everything `build` needs to make the same model again"
-    return Config(recipe='pixelcnn', **contracts.of_data(data), half_life=10_000, **SIZES[scale])
+    return Config(**contracts.of_data(data), half_life=10_000, **SIZES[scale])
 
 def uses_for(
     config:Config,
@@ -378,7 +379,7 @@ def make_prior(
     attention:bool=True, # in the coarse prior
 )->tuple:          # tokenizer, TwoLevelPrior
     "Text encoder, coarse prior with attention, fine prior that sees the coarse codes"
-    c,grids,(a,b) = config,codec.grids(config.shape),codec.n_codes
+    c,grids,(a,b) = config,codec.grid(config.shape),codec.n_codes
     tok = WordTokenizer(c.words, c.max_len)
     enc = caption_encoder(tok, c.dim, c.n_layers)
     how = dict(width=c.width, depth=c.depth)
@@ -419,7 +420,7 @@ def codes_of(
 )->tuple:         # Levels, the Batch they come from
     "Codes of many pictures"
     b = data.batch(split, Draws(seed, torch.arange(n)))
-    return Levels(*map(torch.cat, zip(*(codec.eval().codes(p) for p in b.x.split(500))))),b
+    return Levels(*map(torch.cat, zip(*(codec.eval().encode(p) for p in b.x.split(500))))),b
 
 @torch.no_grad()
 def bits_per_code(

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['LDM_KL_F8', 'PICTURES', 'SIZES', 'WHITENING', 'KL_F8', 'psnr', 'reparameterise', 'kl_to_normal', 'ResBlock',
            'Encoder', 'Decoder', 'VAE', 'Perceptual', 'PatchDiscriminator', 'adaptive_weight', 'lookalikes',
-           'CodecModel', 'Repeated', 'KLModel', 'recipe_for', 'make_codec', 'build', 'active_units', 'whiten', 'fit',
-           'make_shard', 'cache_latents', 'Latents', 'NormBlock', 'PlaceAttention', 'Level', 'Half', 'StableVAE',
+           'CodecModel', 'Repeated', 'KLModel', 'Config', 'recipe_for', 'make_codec', 'build', 'active_units', 'whiten',
+           'fit', 'make_shard', 'cache_latents', 'Latents', 'NormBlock', 'PlaceAttention', 'Level', 'Half', 'StableVAE',
            'from_diffusers']
 
 # %% ../../nbs/03_codec/01_vae.ipynb #f829b608
 import hashlib, json, os, re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 import torch
@@ -19,7 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load as from_bytes, save as to_bytes
 from torch import nn, Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from ..core.conditioning import WordTokenizer
+from ..core.conditioning import WordTokenizer, count_calls
+from ..core.contracts import Config as RunConfig, Defaults, of_data
 from ..core.data import Batch, Draws, check_split, in_epochs
 from ..core.files import CourseError, not_written
 from ..core.sources import load, origin
@@ -111,6 +113,7 @@ class Decoder(nn.Module):
 # %% ../../nbs/03_codec/01_vae.ipynb #0e00302f
 class VAE(nn.Module):
     "The codec: encode(x) -> z, sample(z, noise) -> x0, decode(x0) -> x"
+    limit = 4. # standard deviations: whitened latents lie (nearly all) within
     def __init__(self,
         channels:int,     # of the picture
         z_channels:int=4, # of the latent
@@ -281,27 +284,26 @@ def lookalikes(
     return x
 
 # %% ../../nbs/03_codec/01_vae.ipynb #4853e270
-class CodecModel:
+class CodecModel(Defaults):
     "What every codec recipe has: a network, a loss, and a painter that repeats real pictures"
-    options = () # nothing that `t2i sample` could change
     def __init__(self,
         net:nn.Module,   # all that is trained
-        codec:nn.Module, # the part that repeats: codec(x) -> x
+        codec:nn.Module, # the part that repeats: encode, sample, decode
         loss,            # function or list of Turns
         parts:dict=None, # see State
     ):
         self.net,self.codec,self.artist,self.loss,self.parts = net,codec,codec,loss,parts
-    def to(self, device): return self
     def counted(self)->list: return [self.codec.decoder] # what runs once at every call of the network
-    def calls(self, config:dict)->int: return 1 # network calls for one picture
-    def reconstruct(self, x:Tensor)->Tensor: return self.codec(x) # (b c h w) -> (b c h w)
+    def calls(self, config)->int: return count_calls(self.painter(None, config), self.counted())
+    def reconstruct(self, x:Tensor)->Tensor: # (b c h w) -> (b c h w)
+        return self.codec.decode(self.codec.sample(self.codec.encode(x)))
 
     def painter(self,
-        tok,         # captions -> Cond; not used
-        config:dict, # names the data
-    )->object:       # draw(captions, seed) -> (n c h w)
+        tok,     # captions -> Cond; not used
+        config,  # names the data
+    )->object:   # draw(captions, seed) -> (n c h w)
         "Reconstructions of unseen real pictures that show what the captions demand"
-        data,device = origin(load(config['data'], config.get('size'))),next(self.codec.parameters()).device
+        data,device = origin(load(config.data, config.size)),next(self.codec.parameters()).device
         @torch.no_grad()
         def draw(captions, seed=0, each=None):
             was,done = self.net.training,[]
@@ -344,7 +346,7 @@ class KLModel(CodecModel):
         if adversarial: turns.append(Turn('disc', self.disc_loss, 'disc', since=since, begin=_start))
         own = dict(codec=dict(lr=lr[0]), disc=dict(lr=lr[1], betas=(.5,.9), weight_decay=0.))
         super().__init__(net, codec, turns, own)
-    def to(self, device):
+    def to(self, device): # the network of the perceptual distance does not learn
         if self.seen: self.seen.to(device)
         return self
 
@@ -396,36 +398,51 @@ class KLModel(CodecModel):
 # ---- the recipe ----
 PICTURES = True # it trains on pictures, not on latents
 
+@dataclass(kw_only=True)
+class Config(RunConfig):
+    "What this recipe says, beside what every run says; `lr` is the autoencoder's learning rate"
+    lr_disc: float     # learning rate of the discriminator
+    widths: list       # channels on each grid, the finest (half the picture's side) first
+    depth: int         # residual blocks on each grid
+    z_channels: int    # channels of a latent
+    d_disc: int        # channels of the discriminator's first layer
+    kl: float          # weight of the KL, where errors and KL are summed over all their numbers
+    perceptual: float  # weight of the perceptual distance, beside the mean absolute error
+    adversarial: float # the adversary's share of the last layer's gradient; 0: no discriminator
+    since: float       # share of the budget after which the discriminator plays
+
+# %% ../../nbs/03_codec/01_vae.ipynb #14147301
 SIZES = dict( # one row a scale
-    smoke=dict(widths=(16,32), depth=1, d_disc=16, batch=32),
-    demo =dict(widths=(32,64), depth=1, d_disc=32, batch=32),
-    full =dict(widths=(128,256), depth=3, d_disc=64, batch=256),
+    smoke=dict(widths=[16,32], depth=1, d_disc=16, batch=32),
+    demo =dict(widths=[32,64], depth=1, d_disc=32, batch=32),
+    full =dict(widths=[128,256], depth=3, d_disc=64, batch=256),
 )
 
 def recipe_for(
     data,              # captioned pictures, sides multiples of 16
     scale:str='demo',  # smoke, demo or full
     seconds:float=None,# of training
-)->dict:               # JSON values
+)->Config:
     "Everything `build` needs to make the same codec again"
-    return dict(recipe='vae', data=data.name, shape=list(data.shape), words=list(data.words), max_len=data.size, lr=4e-3, lr_disc=1e-3,
-                half_life=3_000, z_channels=4, kl=1e-6, perceptual=.5, adversarial=.5, since=.6, **SIZES[scale])
+    return Config(recipe='vae', **of_data(data), lr=4e-3, lr_disc=1e-3, half_life=3_000, z_channels=4,
+                  kl=1e-6, perceptual=.5, adversarial=.5, since=.6, **SIZES[scale])
 
+# %% ../../nbs/03_codec/01_vae.ipynb #14147302
 def make_codec(
-    config:dict, # as from `recipe_for`
+    config:Config, # as from `recipe_for`
 )->VAE:
     "The codec alone"
-    return VAE(config['shape'][0], config['z_channels'], config['widths'], config['depth'])
+    return VAE(config.shape[0], config.z_channels, config.widths, config.depth)
 
 def build(
-    config:dict, # as from `recipe_for`
-)->tuple:        # tokenizer, KLModel with fresh networks
+    config:Config, # as from `recipe_for`
+)->tuple:          # tokenizer, KLModel with fresh networks
     "The autoencoder of this chapter; the perceptual distance is that of the data's judge, where there is one"
-    judge = judge_for(origin(load(config['data'], config.get('size')))) if config['perceptual'] else None
-    disc = PatchDiscriminator(config['shape'][0], config['d_disc'])
-    model = KLModel(make_codec(config), disc, Perceptual(judge) if judge else None, config['kl'], config['perceptual'],
-                    config['adversarial'], config['since'], (config['lr'], config['lr_disc']))
-    return WordTokenizer(config['words'], config['max_len']),model
+    c = config
+    judge = judge_for(origin(load(c.data, c.size))) if c.perceptual else None
+    disc,seen = PatchDiscriminator(c.shape[0], c.d_disc),Perceptual(judge) if judge else None
+    model = KLModel(make_codec(c), disc, seen, c.kl, c.perceptual, c.adversarial, c.since, (c.lr, c.lr_disc))
+    return WordTokenizer(c.words, c.max_len),model
 
 # %% ../../nbs/03_codec/01_vae.ipynb #0c1e60f0
 def active_units(
@@ -451,7 +468,7 @@ def whiten(
 # %% ../../nbs/03_codec/01_vae.ipynb #6bb9e8be
 def fit(
     data,             # captioned pictures
-    config:dict,      # as from `recipe_for`
+    config:Config,    # as from `recipe_for`
     images:int,       # training pictures
     seed:int=0,       # of weights, data and noise
     precision:str='fp32',

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'SIZES', 'nearest_code', 'counts', 'perplexity', 'dead', 'Codebook', 'Quantized', 'VectorQuantizer',
-           'VQVAE', 'OnCodes', 'own_colours', 'Repainted', 'Palette', 'Blocked', 'VQModel', 'recipe_for', 'make_codec',
-           'build', 'fit', 'inspect']
+           'VQVAE', 'OnCodes', 'own_colours', 'Repainted', 'Palette', 'Blocked', 'VQModel', 'Config', 'recipe_for',
+           'make_codec', 'build', 'fit', 'inspect']
 
 # %% ../../nbs/03_codec/02_vqvae.ipynb #6e7855ab
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .vae import CodecModel, Decoder, Encoder
 from ..core.conditioning import WordTokenizer, count_calls, drawn_from
+from ..core.contracts import Config as RunConfig, Defaults, of_data
 from ..core.data import Draws
-from ..core.contracts import Defaults
 from ..core.ema import train_arm
 from ..core.training import everyone
 
@@ -153,6 +154,7 @@ class VectorQuantizer(Codebook):
 # ---- the network ----
 class VQVAE(nn.Module):
     "Encoder, nearest codes, decoder: a picture becomes a grid of whole numbers and back"
+    limit = math.inf # codes are no numbers that a sampler may clamp
     def __init__(self,
         channels:int=3,     # of the pictures
         widths=(32,64),     # channels on each grid; every one halves the side
@@ -174,14 +176,16 @@ class VQVAE(nn.Module):
     )->tuple:  # rows and columns of codes
         return tuple(s//self.factor-2*self.trim for s in shape[1:])
     @torch.no_grad()
-    def codes(self,
+    def encode(self,
         x:Tensor, # (b c h w) pictures
     )->Tensor:    # (b h w) int64
         return self.quantizer(self.encoder(x)).ids
-    def decode_codes(self,
+    def sample(self, z:Tensor, noise=None)->Tensor: return z # codes stay as they are
+    def decode(self,
         ids:Tensor, # (b h w) int64
     )->Tensor:      # (b c h w)
         return self.decoder(self.quantizer.embed(ids))
+    codes,decode_codes = encode,decode
     def forward(self,
         x:Tensor,         # (b c h w) pictures
         draws:Draws=None, # of a training step
@@ -208,7 +212,7 @@ class OnCodes(Defaults):
                                 'of the softmax over codes: below 1 likely codes become likelier'),
                    guidance=(0., 50., False, 'how much more than without it the caption counts; 1 is none'))
     def __init__(self,
-        codec, # trained: codes(x) -> ids (b h w), decode_codes(ids) -> x
+        codec, # trained: encode(x) -> codes (b h w), decode(codes) -> x
         prior, # prior(ids, cond, draws) -> (b) losses; sample(cond, draws, config) -> ids; null, counted
     ):
         self.codec,self.prior,self.net = codec.eval().requires_grad_(False),prior,prior
@@ -218,13 +222,13 @@ class OnCodes(Defaults):
     @property
     def artist(self): return nn.ModuleDict(dict(codec=self.codec, prior=self.prior))
     def loss(self, x0, cond, draws): # net: with many processes a wrapped one
-        return self.net(self.codec.codes(x0), cond, draws)
+        return self.net(self.codec.encode(x0), cond, draws)
     def counted(self)->list: return self.prior.counted() # what runs once at every call of the network
     def calls(self, config)->int: # network calls for one picture: one a code and candidate, two with guidance
         return count_calls(self.painter(self.nothing, config), self.counted())
     def nothing(self, captions): return self.prior.null.expand(len(captions)) # captions that say nothing
     def paint(self, cond, draws, config): # (b) captions -> (b c h w)
-        return self.codec.decode_codes(self.prior.sample(cond, draws, config))
+        return self.codec.decode(self.prior.sample(cond, draws, config))
     def painter(self,
         tok,    # captions -> Cond
         config, # temperature, guidance
@@ -267,6 +271,7 @@ class Repainted(NamedTuple):
 
 class Palette(nn.Module):
     "A VQ-VAE for pictures in their own colours; the first row of its grid holds codes of the colours"
+    limit = math.inf # codes are no numbers that a sampler may clamp
     def __init__(self,
         channels:int=3,  # of the pictures
         widths=(32,64),  # as in `VQVAE`
@@ -323,11 +328,12 @@ class Palette(nn.Module):
         return error+(q.said-q.numbers).square().mean(1)+q.loss
     def loss(self, x, draws=None): return self.cost(x, *self(x, draws)) # (b c h w) -> (b)
     @torch.no_grad()
-    def codes(self, x:Tensor)->Tensor: # (b c h w) -> (b rows+1 columns) int64
+    def encode(self, x:Tensor)->Tensor: # (b c h w) -> (b rows+1 columns) int64
         m,_,colours = self.look(x)
-        return torch.cat([colours.ids, self.shapes.codes(m)], 1)
-    def decode_codes(self, ids:Tensor)->Tensor: # (b rows+1 columns) int64 -> (b c h w)
-        return self.paint(self.shapes.decode_codes(ids[:,1:]), self.colours.embed(ids[:,:1]))[0]
+        return torch.cat([colours.ids, self.shapes.encode(m)], 1)
+    def sample(self, z:Tensor, noise=None)->Tensor: return z # codes stay as they are
+    def decode(self, ids:Tensor)->Tensor: # (b rows+1 columns) int64 -> (b c h w)
+        return self.paint(self.shapes.decode(ids[:,1:]), self.colours.embed(ids[:,:1]))[0]
 
 # %% ../../nbs/03_codec/02_vqvae.ipynb #90ba317d
 # ---- the sweep beside the chapter ----
@@ -346,46 +352,59 @@ class VQModel(CodecModel):
     ): super().__init__(codec, codec, self.train_loss)
     def train_loss(self, x0, cond, draws): # net: with many processes a wrapped one
         return self.codec.cost(x0, *self.net(x0, draws))
-    def reconstruct(self, x): return self.codec(x)[0]
 
 PICTURES = True # it trains on pictures, not on latents
 
+@dataclass(kw_only=True)
+class Config(RunConfig):
+    "What this recipe says, beside what every run says"
+    widths: list        # channels on each grid; every one halves the side
+    depth: int          # residual blocks on each grid
+    n_codes: int        # size of the codebook
+    dim: int            # numbers a code
+    trim: int           # rows and columns by which each side of the grid is smaller
+    beta: float         # weight of the commitment
+    ema: float|None     # share of the codebook's old mean that stays at each step; none: trained by gradients
+    restart: float      # a code with less of its fair part moves to a vector of the batch; 0: never
+    start: str          # first codes: data, uniform or normal
+    palette: bool=False # codes of the colours apart from those of the shapes
+
+# %% ../../nbs/03_codec/02_vqvae.ipynb #2950228c
 SIZES = dict( # one row a scale
-    smoke=dict(widths=(16,32), n_codes=32, dim=4, depth=1, batch=32, lr=4e-3),
-    demo =dict(widths=(32,64), n_codes=64, dim=8, depth=1, batch=32, lr=4e-3),
-    full =dict(widths=(128,256), n_codes=512, dim=64, depth=2, batch=128, lr=5e-4),
+    smoke=dict(widths=[16,32], n_codes=32, dim=4, depth=1, batch=32, lr=4e-3),
+    demo =dict(widths=[32,64], n_codes=64, dim=8, depth=1, batch=32, lr=4e-3),
+    full =dict(widths=[128,256], n_codes=512, dim=64, depth=2, batch=128, lr=5e-4),
 )
 
 def recipe_for(
     data,              # captioned pictures, sides multiples of 16
     scale:str='demo',  # smoke, demo or full
     seconds:float=None,# of training; every length has the same settings
-)->dict:               # JSON values
+)->Config:
     "Everything `build` needs to make the same codec again"
-    return dict(recipe='vqvae', data=data.name, shape=list(data.shape), words=list(data.words),
-                max_len=data.size,
-                half_life=2_000, beta=.25, ema=.95, restart=.03, start='data', trim=0, palette=False, **SIZES[scale])
+    return Config(recipe='vqvae', **of_data(data), half_life=2_000, beta=.25, ema=.95, restart=.03,
+                  start='data', trim=0, **SIZES[scale])
 
+# %% ../../nbs/03_codec/02_vqvae.ipynb #2950228d
 def make_codec(
-    config:dict, # as from `recipe_for`
-)->nn.Module:    # VQVAE or Palette
+    config:Config, # as from `recipe_for`
+)->nn.Module:      # VQVAE or Palette
     "The codec alone"
-    own = {k:config[k] for k in ('widths','n_codes','dim','depth','beta','ema','restart','start')}
-    (c,_,width),widths = config['shape'],config['widths']
-    if config['palette']: codec = Palette(c, columns=width//2**len(widths), **own)
-    else: codec = VQVAE(c, trim=config['trim'], **own)
+    own = {k:getattr(config, k) for k in 'widths n_codes dim depth beta ema restart start'.split()}
+    (c,_,width),n = config.shape,2**len(config.widths)
+    codec = Palette(c, columns=width//n, **own) if config.palette else VQVAE(c, trim=config.trim, **own)
     return codec.to(memory_format=torch.channels_last)
 
 def build(
-    config:dict, # as from `recipe_for`
-)->tuple:        # tokenizer, VQModel with a fresh codec
+    config:Config, # as from `recipe_for`
+)->tuple:          # tokenizer, VQModel with a fresh codec
     "The codec of this chapter"
-    return WordTokenizer(config['words'], config['max_len']),VQModel(make_codec(config))
+    return WordTokenizer(config.words, config.max_len),VQModel(make_codec(config))
 
 # %% ../../nbs/03_codec/02_vqvae.ipynb #b3a2112f
 def fit(
     data,           # captioned pictures
-    config:dict,    # as from `recipe_for`
+    config:Config,  # as from `recipe_for`
     images:int,     # training pictures
     seed:int=0,     # of weights, data and restarts
     precision:str='fp32',
@@ -395,8 +414,8 @@ def fit(
     torch.manual_seed(seed)
     tok,model = build(config)
     if quantizer:
-        own = {k:config[k] for k in ('beta','ema','restart','start')}
-        model.codec.quantizer = quantizer(config['n_codes'], config['dim'], **own)
+        c = config
+        model.codec.quantizer = quantizer(c.n_codes, c.dim, c.beta, c.ema, c.restart, c.start)
     train_arm(model, tok, data, config, images, seed, precision)
     return tok,model
 
@@ -409,9 +428,9 @@ def inspect(
     codec.eval()
     z = codec.encoder(x)
     e = codec.quantizer(z).z_q
-    ids = codec.codes(x)
+    ids = codec.encode(x)
     bits = ids[0].numel()*math.log2(codec.n_codes)
-    return dict(error=(codec.decode_codes(ids).clamp(-1, 1)-x).square().mean().item(),
+    return dict(error=(codec.decode(ids).clamp(-1, 1)-x).square().mean().item(),
                 perplexity=perplexity(ids, codec.n_codes),
                 dead=dead(ids, codec.n_codes), n_codes=codec.n_codes, bits=bits, tokens=ids[0].numel(),
                 used_bits=ids[0].numel()*math.log2(perplexity(ids, codec.n_codes)),

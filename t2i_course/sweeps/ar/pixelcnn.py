@@ -46,7 +46,7 @@ def kept(
         fine=model.prior.sample(cond, draws, plain, codes.top),
         all=model.prior.sample(cond, draws, plain),
     )
-    read = {k: judge.read(model.codec.decode_codes(c).float()) for k, c in ways.items()}
+    read = {k: judge.read(model.codec.decode(c).float()) for k, c in ways.items()}
     return {a: {k: (r[a] == v).double().mean().item() for k, r in read.items()} for a, v in b.attrs.items()}
 
 
