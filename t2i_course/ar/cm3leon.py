@@ -349,6 +349,7 @@ PICTURES = True # it trains on pictures, not on latents
 @dataclass(kw_only=True)
 class Config(OnCodesConfig):
     "Of a document model and its memory"
+    recipe: str='cm3leon'
     n_layers: int     # blocks
     memory: int       # captioned pictures to look things up in
     tasks: list       # share of each of TASKS in training
@@ -369,7 +370,7 @@ def recipe_for(
 )->Config:
     "Everything `build` needs to make the same model again: a grid of 4 x 4 codes, and a row for the colours"
     size = SIZES[scale]|dict(codec_widths=halved(data, SIZES[scale]['codec_widths']))
-    return Config(recipe='cm3leon', **contracts.of_data(data), lr=2e-3, half_life=4_000,
+    return Config(**contracts.of_data(data), lr=2e-3, half_life=4_000,
                   palette=data.shape[0]>1, tasks=[.7,.15,.15], **size)
 
 def build(

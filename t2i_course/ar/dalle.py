@@ -557,6 +557,7 @@ class OnCodesConfig(contracts.Config):
 @dataclass(kw_only=True)
 class Config(OnCodesConfig):
     "Of DALL-E's prior and its scorer"
+    recipe: str='dalle'
     n_layers: int          # blocks
     text_weight: float=1/8 # of the words in the loss; the codes have the rest
     sparse: bool=False     # DALL-E's masks
@@ -590,7 +591,7 @@ def recipe_for(
     # two inks on one paper: more to say in a code
     if data.name=='painted2': size |= dict(n_codes=2*size['n_codes'], share=.35)
     size['codec_widths'] = halved(data, size['codec_widths'])
-    return Config(recipe='dalle', **contracts.of_data(data), lr=2e-3, half_life=4000, temperature=.6,
+    return Config(**contracts.of_data(data), lr=2e-3, half_life=4000, temperature=.6,
                   palette=data.shape[0]>1, **size)
 
 def uses_for(

@@ -260,6 +260,7 @@ PICTURES = True # it trains on pictures, not on latents
 @dataclass(kw_only=True)
 class Config(OnCodesConfig):
     "Of an encoder-decoder"
+    recipe: str='parti'
     n_read: int   # blocks of the encoder
     n_layers: int # blocks of the decoder
 
@@ -277,7 +278,7 @@ def recipe_for(
 )->Config:
     "Everything `build` needs to make the same model again: a grid of 4 x 4 codes, and a row for the colours"
     size = SIZES[scale]|dict(codec_widths=halved(data, SIZES[scale]['codec_widths']))
-    return Config(recipe='parti', **contracts.of_data(data), lr=2e-3, half_life=4_000,
+    return Config(**contracts.of_data(data), lr=2e-3, half_life=4_000,
                   palette=data.shape[0]>1, **size)
 
 def build(

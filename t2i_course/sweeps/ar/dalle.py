@@ -85,9 +85,8 @@ def asked(
         arm = whole()
         tok, model = arm.tok, arm.model
         captions = data.batch("test", Draws(5, torch.arange(s["m"]))).captions
-        x, scorer, own = candidates(
-            model, tok, captions, max(s["best"]), dict(temperature=1.0, guidance=1.0), seed
-        )
+        plain = config | dict(temperature=1.0, guidance=1.0)
+        x, scorer, own = candidates(model, tok, captions, max(s["best"]), plain, seed)
         ok = torch.stack([right(judge, p, data, captions) for p in x])
         by = {
             k: [best_of(ok, fit, n) for n in s["best"]]
