@@ -192,5 +192,5 @@ def setting(
 )->dict:
     "What all arms of a sweep share, for the key 'setting' of its result file"
     n = at_most(data, n or sizes['n'])
-    floor = reference(data, judge or judge_for(data), n)['fd_floor']
+    floor = reference(data, judge or judge_for(data), n)['floor']['fd_floor']
     return dict(sizes, precision=best_precision(), seeds=list(seeds), fd_floor=floor)|more
