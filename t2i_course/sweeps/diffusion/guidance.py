@@ -7,7 +7,7 @@ from functools import cache, lru_cache, partial
 from t2i_course.core.data import NUMBERS
 from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
-from t2i_course.core.metrics import at_most, judge_for, obedience, reference
+from t2i_course.core.metrics import judge_for, obedience, reference
 from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.diffusion.ddpm import guided, recipe_for
 from t2i_course.diffusion.guidance import (
@@ -205,7 +205,7 @@ def experiments(
         return painted_model(painted_config(painted, scale) | dict(max_len=12), painted)[1].skip.tables
 
     def setting():
-        floor = {k: reference(d, judge_for(d), at_most(d, s["n"]))["fd_floor"] for k, d in sets.items()}
+        floor = {k: reference(d, judge_for(d), s["n"])["fd_floor"] for k, d in sets.items()}
         about = dict(
             seeds=list(seeds), times=TS, fd_floor=floor, spans={k: list(v) for k, v in SPANS.items()}
         )

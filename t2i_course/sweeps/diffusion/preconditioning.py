@@ -8,7 +8,7 @@ import torch
 from t2i_course.core.data import Painted
 from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
-from t2i_course.core.metrics import at_most, evaluate, judge_for, reference
+from t2i_course.core.metrics import evaluate, judge_for, reference
 from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.diffusion.ddpm import VP, drawer, eps, linear_betas, recipe_for, sample
 from t2i_course.diffusion.preconditioning import CaptionGaussian, ScalarSkip, fit_skip, make_arm, word_groups
@@ -115,7 +115,7 @@ def experiments(
     config, judge = recipe_for(data, scale) | dict(max_len=12), judge_for(data)
     device = pick_device()
     precision = "bf16" if has_bf16(device) else "fp32"
-    vp, edm, w, n = VP(linear_betas()), EDM(), config.guidance, at_most(data, s["n"])
+    vp, edm, w, n = VP(linear_betas()), EDM(), config.guidance, s["n"]
     tok, _ = make_arm(config, vp)
     evaluations, n_ladder = 2 * s["steps"] - 1, 25 if scale != "smoke" else 3
 

@@ -9,7 +9,7 @@ import torch
 from t2i_course.core.data import Draws
 from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
-from t2i_course.core.metrics import at_most, evaluate, judge_for, reference
+from t2i_course.core.metrics import evaluate, judge_for, reference
 from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.diffusion.ddpm import build, drawer, guided, recipe_for, sample, v
 from t2i_course.diffusion.samplers import (
@@ -154,7 +154,7 @@ def experiments(
         return {k: o[k] for k in ("fd", "precision", "recall")} | dict(obedience=o["obedience"]["all"])
 
     def setting():
-        floor = reference(data, judge, at_most(data, s["n"]))["fd_floor"]
+        floor = reference(data, judge, s["n"])["fd_floor"]
         about = dict(images=s["images"], n=s["n"], precision=precision, seeds=list(seeds))
         return about | dict(guidance=1.0, base="target v, linear betas", fd_floor=floor)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from t2i_course.core.data import Painted
 from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
-from t2i_course.core.metrics import at_most, evaluate, load_judge, reference
+from t2i_course.core.metrics import evaluate, load_judge, reference
 from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.diffusion.ddpm import drawer, recipe_for
 from t2i_course.diffusion.schedules import make_arm, schedules, walk
@@ -71,7 +71,7 @@ def experiments(
 
     def setting():
         def floor(data, judge):
-            return reference(data, judge, at_most(data, s["n"]))["fd_floor"]
+            return reference(data, judge, s["n"])["fd_floor"]
 
         return dict(
             images={k: s[k] for k in worlds},

@@ -8,7 +8,7 @@ from t2i_course.core.data import Painted
 from t2i_course.core.files import CourseError
 from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
-from t2i_course.core.metrics import at_most, evaluate, load_judge, reference
+from t2i_course.core.metrics import evaluate, load_judge, reference
 from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.diffusion.ddpm import VP, drawer, linear_betas, uniform_times
 from t2i_course.diffusion.preconditioning import fit_skip
@@ -119,7 +119,7 @@ def controls(
         tok, den = build(config | dict(skip=arm == "skip"))
         fit_skip(den, data, tok, config.fit_images)
         loss = train_arm(den, tok, data, config, images, seed, precision)
-        floor = reference(data, judge, at_most(data, n))["fd_floor"]
+        floor = reference(data, judge, n)["fd_floor"]
         one = partial(measure, den, tok, data, judge, n, seed, held=n // 2, above=0.2)
         return config, one, dict(loss=loss, images=images, fd_floor=floor)
 

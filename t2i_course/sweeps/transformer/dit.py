@@ -12,7 +12,7 @@ from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
 from t2i_course.core.metrics import evaluate, frechet, judge_for
 from t2i_course.core.training import has_bf16, pick_device
-from t2i_course.diffusion.ddpm import SIZES as UNET_SIZES, drawer, text_unet
+from t2i_course.diffusion.ddpm import SIZES as UNET_SIZES, UNetConfig, drawer, text_unet
 from t2i_course.diffusion.preconditioning import fit_skip
 from t2i_course.transformer.dit import (
     Config,
