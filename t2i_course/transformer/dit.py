@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from ..core.conditioning import Cond, Conditioned, LabelEmbedder
 from ..core.contracts import of_data
+from ..core.counting import multiply_adds
 from ..core.data import Draws, Labelled
 from ..core.files import CourseError
 from ..diffusion.ddpm import Denoiser, VP, captioned, linear_betas, v
@@ -367,12 +366,10 @@ def counted_macs(
     cond:Cond,    # (b)
     size:int=None,# pixels on a side; net.size if not said
 )->int:           # multiply-adds of one picture
-    "Counted by torch while it runs; attention in its plain form, the one that the counter knows on a CPU"
+    "Counted by torch while it runs"
     device = cond.pooled.device
     x = torch.zeros(len(cond), net.in_channels, *[size or net.size]*2, device=device)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as f:
-        net(x, torch.ones(len(cond), device=device), cond)
-    return f.get_total_flops()//2//len(cond)
+    with torch.no_grad(): return multiply_adds(lambda: net(x, torch.ones(len(cond), device=device), cond))//len(cond)
 
 # %% ../../nbs/05_transformer/01_dit.ipynb #6741cad8
 # ---- the layout of diffusers ----
