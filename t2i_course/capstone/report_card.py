@@ -28,14 +28,15 @@ def training_memory(
     turns,dev = [Turn('loss', model.loss)] if callable(model.loss) else model.loss,next(net.parameters()).device
     x,cond,draws,most = b.x.to(dev),tok(b.captions).to(dev),Draws(0, torch.arange(batch), dev),(0, 0)
     params = lambda m: sum(p.numel()*p.element_size() for p in m.parameters())
-    state,learning = {k:v.clone() for k,v in net.state_dict().items()},[p for p in net.parameters() if p.requires_grad]
+    state,was = {k:v.clone() for k,v in net.state_dict().items()},{p:p.requires_grad for p in net.parameters()}
+    if not any(was.values()): net.requires_grad_(True) # a finished run, in which nothing learns any more
     net.train()
     for t in turns:
         if t.part: net.requires_grad_(False); net.get_submodule(t.part).requires_grad_(True)
         with torch.autocast(dev.type, torch.bfloat16, enabled=precision=='bf16'):
             held = kept(net, lambda t=t: t.loss(x, cond, draws)).whole
         most = max(most, (held+params(net.get_submodule(t.part)), held))
-    for p in learning: p.requires_grad_(True)
+    for p,learns in was.items(): p.requires_grad_(learns)
     net.load_state_dict(state) # a loss may write into buffers (a codebook, a running mean)
     weights = tensor_bytes(state.values())
     out = dict(weights=weights, gradients=most[0]-most[1], optimizer=2*params(net), average=weights, activations=most[1])

@@ -5,11 +5,6 @@ from pathlib import Path
 
 import torch
 
-<<<<<<< HEAD
-from t2i_course.core.counting import multiply_adds
-from t2i_course.core.data import scale as current_scale
-=======
->>>>>>> w-house
 from t2i_course.core.files import write_whole
 from t2i_course.core.register import recipe, recipes
 from t2i_course.core.runs import open_run
@@ -51,44 +46,7 @@ def pictures_of(
     seconds,  # training time of each
     path: Path,  # a .png file
 ):
-<<<<<<< HEAD
-    "Every recipe that stands for a paradigm, with the same clock; pictures of the first seed beside numbers"
-    from t2i_course.capstone.report_card import experiments, training_memory, variety
-    from t2i_course.core.metrics import load_judge
-    from t2i_course.core.plots import mosaic
-
-    data, judge, work = load("painted"), load_judge("painted"), Path("runs") / "rows"
-
-    def row(recipe, paradigm):
-        found = measured_rows(recipe, "painted", seeds, seconds, work)
-        models = [Model(work / f"{recipe}-painted-{seconds:g}s-{s}") for s in seeds]
-        for r, m in zip(found["rows"], models):
-            r["variety"] = variety(m.draw, data, judge, PROMPTS)
-        m = models[0]
-        draw = m.den.painter(m.tok, m.config)
-        return found | dict(
-            paradigm=paradigm,
-            multiply_adds=multiply_adds(lambda: draw(PROMPTS[:4], 0)) / 4 / 1e6,  # millions, for one picture
-            memory=training_memory(m.den, m.tok, data, m.config["batch"], m.config["precision"]),
-            batch=m.config["batch"],
-        )
-
-    def drawn(recipe):
-        measured_rows(recipe, "painted", seeds[:1], seconds, work)  # trains only if the run is gone
-        return Model(work / f"{recipe}-painted-{seconds:g}s-{seeds[0]}").draw(PROMPTS)
-
-    paradigms = {r: p for r in RECIPES if (p := getattr(module(r), "PARADIGM", None))}
-    head = head | dict(code=code_version(CHAPTERS["report_card"], *(RECIPES[r] for r in paradigms)))
-    arms = [(f"row.{r}", partial(row, r, p)) for r, p in paradigms.items()]
-    make_arms(
-        arms + list(experiments(current_scale(), seeds)),
-        head,
-        path,
-        also=dict(prompts=PROMPTS, pictures=list(paradigms)),
-    )
-=======
     "What each of them draws of the same prompts, one row a recipe"
->>>>>>> w-house
     from PIL import Image
 
     from t2i_course.core.plots import mosaic

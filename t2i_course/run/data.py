@@ -14,8 +14,8 @@ from t2i_course.core.runfiles import data_of
 from t2i_course.core.runs import open_run
 from t2i_course.core.sources import is_path, load
 from t2i_course.run.sheets import to_bytes
-from t2i_course.scale.recipes import is_shards, prepare
-from t2i_course.scale.recipes import _read_json as read_json
+from t2i_course.core.prepare import prepare, read_json
+from t2i_course.core.shards import is_shards
 
 
 def are_latents(
@@ -33,9 +33,6 @@ def open_data(
     codec=None,  # the run of the codec that made the latents in a folder
 ):
     "Any data of the course; shards read like pictures"
-<<<<<<< HEAD
-    return load(name, size, Model(codec).den.codec if codec else None)
-=======
     if codec is None or not are_latents(data):
         return load(data, size)
     return load(data, size, codec_of(codec))
@@ -49,7 +46,6 @@ def codec_of(
     if codec is None:
         raise CourseError(f"{run} is a run without a codec: train one with t2i train vae")
     return codec
->>>>>>> w-house
 
 
 def say_size(ds):
@@ -174,11 +170,6 @@ def prepare_data(
     "Captioned pictures, or their latents, as shards that training reads by index"
     from tqdm import tqdm
 
-<<<<<<< HEAD
-    from t2i_course.core.prepare import prepare
-
-=======
->>>>>>> w-house
     between(images, 1, 1e12, "--images", whole=True)
     between(shard_size, 1, 1e8, "--shard-size", whole=True)
     between(seed, 0, 2**62, "--seed", whole=True)
