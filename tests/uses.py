@@ -2,7 +2,7 @@
 import torch
 from t2i_course.core.experiments import Arm, fit
 from t2i_course.core.sources import load
-from t2i_course.run.register import module
+from t2i_course.core.register import recipe as module
 
 
 def uses_of(recipe, config, images=0, seed=0):

@@ -43,11 +43,11 @@ class Codec(Protocol):
     limit: float  # numbers of x0 lie (nearly all) in [-limit, limit]; where a sampler may clamp
 
     def grid(self, shape: tuple) -> tuple:
-        "Shape of x0 for pictures of this shape (c, h, w)"
+        "Shape of x0 for pictures of this shape (c, h, w); codes on several grids: a shape of each"
         ...
 
     def encode(self, x: Tensor) -> Tensor:
-        "Pictures (b c h w) to z: deterministic, what is kept on disk. Codes are int64 (b h w)"
+        "Pictures (b c h w) to z: deterministic, what is kept on disk. Codes are int64 (b h w), or a tuple of such"
         ...
 
     def sample(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
