@@ -25,7 +25,7 @@ class Data(Protocol):
     size: int  # tokens of the longest caption, its start included
     source: str  # where the pictures come from, for reports
     fingerprint: str  # another one when the pictures change
-    group: int  # this many consecutive indices have one shape; a batch is a multiple of it
+    group: int  # this many consecutive indices have one shape; a batch is a multiple or a part of it
 
     def batch(self, split: str, draws):  # Draws -> Batch
         "The captioned pictures with these indices"
