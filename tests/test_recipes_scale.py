@@ -19,7 +19,7 @@ from t2i_course.core.counting import allocated, kept, macs
 from t2i_course.core.shards import Shards
 
 DIGITS = load("digits")
-CONFIG = ddpm.recipe(1, DIGITS.words, DIGITS.size, "smoke") | dict(shape=[1, 16, 16])
+CONFIG = ddpm.recipe_for(DIGITS, "smoke")
 
 
 def state_of(config=CONFIG, seed=0, **how):
