@@ -8,10 +8,8 @@ from importlib import import_module
 import pytest
 import t2i_course
 import torch
-from t2i_course.core.ema import state_for
-from t2i_course.run.register import RECIPES
+from t2i_course.core.register import recipe as module_of, recipes
 from t2i_course.run.settings import settings
-from t2i_course.run.train import head_start
 from t2i_course.core.conditioning import count_calls
 from t2i_course.core.data import Draws, results_path
 from t2i_course.core.sources import load
@@ -23,16 +21,16 @@ DRAWN = dict(guidance=1.), dict(guidance=3.), dict(candidates=3), dict(steps=7),
 def model_of(recipe, data="digits", scale="smoke", **change):
     config = settings(recipe, data, scale, None, 64, 0, "fp32", changes=change)
     torch.manual_seed(0)
-    tok, model = import_module(RECIPES[recipe]).build(config)
+    tok, model = module_of(recipe).build(config)
     config |= dict(fit_images=256)
-    if getattr(model, "skip", None) is not None: head_start(state_for(model, config), load(data), tok, model, config, None)
+    model.prepare(load(data), tok, config)
     return tok, model, config
 
 
 def thrice(draw, _): return draw(["a handwritten seven", "a handwritten two", ""])
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", recipes())
 def test_what_is_said_is_what_is_called(recipe):
     "Three pictures, drawn from captions, make three times the calls of one."
     tok, model, config = model_of(recipe)
@@ -66,7 +64,7 @@ def test_guidance_is_paid_inside_its_interval():
 def test_a_call_for_each_code_twice_with_guidance_for_each_candidate(recipe, codes, monkeypatch):
     "Counted here by the codes that are drawn."
     tok, model, config = model_of(recipe)
-    module, drawn = import_module(RECIPES[recipe]), []
+    module, drawn = module_of(recipe), []
     if recipe == "parti": module = import_module("t2i_course.ar.dalle")
     real = module.pick
     monkeypatch.setattr(module, "pick", lambda logits, *a: drawn.append(len(logits)) or real(logits, *a))
