@@ -18,7 +18,7 @@ from PIL import Image, features
 from t2i_course import cli
 from t2i_course.run.data import open_data
 from t2i_course.run.measure import eval_run
-from t2i_course.run.register import module
+from t2i_course.core.register import recipe as module_of
 from t2i_course.core.training import feed
 from t2i_course.run.settings import settings as settings_of
 from t2i_course.run.train import train_run
@@ -571,7 +571,7 @@ def test_large_pictures_go_without_the_closed_form(tmp_path, recipe, capsys):
     assert config(64)['skip'] and 'too large' not in capsys.readouterr().err
     large = config(96)
     assert not large['skip'] and 'pictures of 96 x 96 are too large for the closed-form head start' in capsys.readouterr().err
-    tok, den = module(recipe).build(large)
+    tok, den = module_of(recipe).build(large)
     draws = Draws(0, torch.arange(2))
     x, cond = feed(load(mine, 96), tok)(draws)
     loss = den.loss(x, cond, draws)

@@ -11,7 +11,7 @@ import processes
 import pytest
 import torch
 import torch.distributed as dist
-from t2i_course.run.register import RECIPES
+from t2i_course.core.register import recipe as module_of, recipes
 from t2i_course.run.settings import settings
 from t2i_course.core.data import Draws
 from t2i_course.core.files import CourseError
@@ -38,7 +38,7 @@ def two(folder):
     "(recipe, how, what) -> what each of two processes has left; all of it in one launch"
     def one(recipe, how, name, **more): return dict(recipe=recipe, out=str(folder / f"{how}-{recipe}{name}"), shard=how, **more)
     todo = {}
-    for recipe, how in product(RECIPES, HOWS):
+    for recipe, how in product(recipes(), HOWS):
         todo[recipe, how, "end"] = one(recipe, how, "")
         if recipe not in SHARED: continue
         todo[recipe, how, "stopped"] = one(recipe, how, "-cut", stop=3)
@@ -75,7 +75,7 @@ def apart(a, b):
 
 
 @pytest.mark.parametrize("how", HOWS)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", recipes())
 def test_the_same_run_or_a_sentence(recipe, how, two, alone):
     first, second = two[recipe, how, "end"]
     assert "crashed" not in first, first["crashed"]
@@ -129,7 +129,7 @@ def group():
 @pytest.mark.parametrize("recipe", ["ddpm", "dit", "flow_matching"])
 def test_times_reach_the_network_as_they_are(recipe, group, monkeypatch):
     "A thousand times between .5 and 1 would be 129 in bfloat16; they become sines before anything is rounded."
-    module = import_module(RECIPES[recipe])
+    module = module_of(recipe)
     config = settings(recipe, "digits", "smoke", None, 64, 0, "bf16")
     tok, den = module.build(config)
     fsdp.parallelize(den.net, "fsdp", "bf16")
@@ -144,7 +144,7 @@ def test_times_reach_the_network_as_they_are(recipe, group, monkeypatch):
 
 
 def test_blocks_compute_in_few_bits(group):
-    tok, den = import_module(RECIPES["dit"]).build(settings("dit", "digits", "smoke", None, 64, 0, "bf16"))
+    tok, den = module_of("dit").build(settings("dit", "digits", "smoke", None, 64, 0, "bf16"))
     fsdp.parallelize(den.net, "fsdp", "bf16")
     assert all(p.dtype == torch.float32 for p in den.net.parameters()) # the shards
     seen, block = [], den.net.net.blocks[0]

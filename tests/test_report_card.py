@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from t2i_course import cli
-from t2i_course.run.register import RECIPES, module
+from t2i_course.core.register import recipe as module_of, recipes
 from t2i_course.run.settings import settings
 from t2i_course.capstone import report_card as rc
 from t2i_course.codec.vae import lookalikes
@@ -27,12 +27,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("recipe", ["ddpm", "gan"])
+@pytest.mark.parametrize("recipe", ["ddpm", "adversarial"])
 def test_training_memory_changes_nothing(recipe):
     data = load("digits")
     config = settings(recipe, "digits", "smoke", None, 64, 0, "fp32")
     torch.manual_seed(0)
-    tok, model = module(recipe).build(config)
+    tok, model = module_of(recipe).build(config)
     before = {k: v.clone() for k, v in model.net.state_dict().items()}
     m = rc.training_memory(model, tok, data, 8)
     for k, v in model.net.state_dict().items(): assert torch.equal(v, before[k])
@@ -72,5 +72,5 @@ def test_a_card_that_cannot_be_read_is_one_sentence(folder, capsys):
 
 
 def test_every_paradigm_has_a_recipe():
-    found = {k: getattr(module(k), "PARADIGM", None) for k in RECIPES}
+    found = {k: getattr(module_of(k), "PARADIGM", None) for k in recipes()}
     assert {k: v for k, v in found.items() if v} == dict(text_gan="GAN", dalle="VQ + AR", ddpm="DDPM", flow_matching="flow matching")

@@ -3,8 +3,8 @@ import pytest
 import torch
 from t2i_course.run.data import open_data
 from t2i_course.run.measure import eval_run
-from t2i_course.run.model import Model
-from t2i_course.run.register import RECIPES
+from t2i_course.core.runs import open_run
+from t2i_course.core.register import recipes
 from t2i_course.run.sample import sample_run
 from t2i_course.run.settings import settings
 from t2i_course.run.train import train_run
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     return where
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", recipes())
 def test_trains_on_shards_draws_and_is_measured(recipe, folder, tmp_path):
     run = train_run(recipe, str(folder / "digits"), scale="smoke", images=96, out=tmp_path / "run", precision="fp32", quiet=True)
     x, texts = sample_run(run, ["a handwritten seven", "a handwritten two"])
@@ -39,7 +39,7 @@ def test_painted_shards_too(recipe, folder, tmp_path):
     "A codec repeats unseen pictures that the caption demands; CM3Leon needs the recoloured twins of its pictures."
     run = train_run(recipe, str(folder / "painted"), scale="smoke", images=96, out=tmp_path / "run", precision="fp32", quiet=True)
     assert eval_run(run, n=16, quiet=True)["heldout"]["n"] == 8
-    real = Model(run).den
+    real = open_run(run).model
     if recipe != "cm3leon": return
     assert real.repaint is not None and set(real.memory.codes.flatten().tolist()) != {0}
 
@@ -88,7 +88,7 @@ def test_shards_whose_origin_is_gone(tmp_path):
         Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(source / f"{i}.png")
         (source / f"{i}.txt").write_text(f"red number {i}")
     prepare(load(str(source)), tmp_path / "shards", 8, shard_size=4)
-    run = train_run("gan", str(tmp_path / "shards"), scale="smoke", images=32, out=tmp_path / "run", precision="fp32", quiet=True)
+    run = train_run("adversarial", str(tmp_path / "shards"), scale="smoke", images=32, out=tmp_path / "run", precision="fp32", quiet=True)
     source.rename(tmp_path / "elsewhere")
     assert sample_run(run, ["red number 3"])[0].shape == (1, 32, 32, 3)
     with pytest.raises(CourseError, match="was prepared from .*mine"): eval_run(run, n=8)
@@ -98,9 +98,9 @@ def test_latents_are_for_recipes_that_draw(folder, tmp_path):
     "A codec of latents is no codec: it says so."
     small = dict(scale="smoke", images=32, precision="fp32", quiet=True)
     codec = train_run("vae", "digits", out=tmp_path / "codec", **small)
-    prepare(load("digits"), tmp_path / "z", 32, Model(codec).den.codec, shard_size=16)
+    prepare(load("digits"), tmp_path / "z", 32, open_run(codec).model.codec, shard_size=16)
     for recipe in ("vae", "vqvae", "vqvae2", "dvae", "cm3leon"):
         with pytest.raises(CourseError, match="learns from pictures and the shards in .* hold latents"):
-            train_run(recipe, str(tmp_path / "z"), codec=str(codec), out=tmp_path / recipe, **small)
+            train_run(recipe, str(tmp_path / "z"), use=dict(codec=str(codec)), out=tmp_path / recipe, **small)
         assert not (tmp_path / recipe).exists()
     with pytest.raises(CourseError, match="by a codec"): load(str(tmp_path / "z"))

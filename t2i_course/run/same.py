@@ -88,11 +88,12 @@ def moved_uses(
     found = dict(config.uses)
     for role, run in use.items():
         old = found.get(role)
+        word = "codec" if role == "codec" else f"use {role}"  # as people type it
         if old is None:
-            refuse(out, f"use {role}", f"no --use {role}")
+            refuse(out, word, f"no --{word}")
         if place_of(out, old["run"]) == Path(run).expanduser().resolve():
             continue
         if old["model"] != model_hash(run):
-            refuse(out, f"use {role}", f"--use {role}={place_of(out, old['run'])}")
+            refuse(out, word, f"--{word} {place_of(out, old['run'])}")
         found[role] = old | dict(run=seen_from(out, run))
     return found
