@@ -601,7 +601,7 @@ def test_every_data_set_has_a_fingerprint(tmp_path):
     from t2i_course.core.shards import Shards
     prints = {name: load(name).fingerprint for name in ('digits', 'painted', 'painted2')}
     assert len(set(prints.values())) == 3 and all(name in f for name, f in prints.items())
-    for name, seed in (('s', 0), ('same', 0), ('other', 1)): prepare('digits', tmp_path/name, 20, shard_size=10, seed=seed)
+    for name, seed in (('s', 0), ('same', 0), ('other', 1)): prepare(load('digits'), tmp_path/name, 20, shard_size=10, seed=seed)
     s, same, other = (Shards(tmp_path/name).fingerprint for name in ('s', 'same', 'other'))
     (tmp_path/'s').rename(tmp_path/'moved')
     assert s == same == Shards(tmp_path/'moved').fingerprint != other and s not in prints.values()

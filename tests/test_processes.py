@@ -19,6 +19,7 @@ from t2i_course.core.ema import EMA
 from t2i_course.core.training import everyone
 from t2i_course.scale import fsdp
 from t2i_course.core.prepare import prepare
+from t2i_course.core.sources import load
 
 HOWS = ("ddp", "fsdp")
 SHARED = ("vqvae", "vqvae2", "dvae", "ddpm", "dit", "flow_matching") # the recipes with one loss
@@ -43,7 +44,7 @@ def two(folder):
         todo[recipe, how, "stopped"] = one(recipe, how, "-cut", stop=3)
         todo[recipe, how, "resumed"] = one(recipe, how, "-cut", resume=True)
         if how == "fsdp": todo[recipe, how, "bf16"] = one(recipe, how, "-bf16", precision="bf16")
-    prepare("digits", folder / "shards", 100, shard_size=32)
+    prepare(load("digits"), folder / "shards", 100, shard_size=32)
     todo["ddpm", "ddp", "shards"] = one("ddpm", "ddp", "-shards", data=str(folder / "shards"))
     (folder / "trials.json").write_text(json.dumps(list(todo.values())))
     env = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",

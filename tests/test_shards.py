@@ -19,8 +19,8 @@ from t2i_course.core.shards import Shards
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     where = tmp_path_factory.mktemp("shards")
-    prepare("digits", where / "digits", 96, shard_size=40)
-    prepare("painted", where / "painted", 96, shard_size=40, seed=7)
+    prepare(load("digits"), where / "digits", 96, shard_size=40)
+    prepare(load("painted"), where / "painted", 96, shard_size=40, seed=7)
     return where
 
 
@@ -74,7 +74,7 @@ def test_one_door(folder):
     for data in (load(path), open_data(path)):
         assert isinstance(data, Shards) and len(data) == 96 and origin(data).name == "digits"
     assert origin(load("digits")).name == "digits"
-    shards, digits, draws = Shards(path), load("digits"), Draws(SEED, torch.arange(12))
+    shards, digits, draws = load(path), load("digits"), Draws(SEED, torch.arange(12))
     whole = shards.whole()
     assert torch.equal(whole.batch("train", draws).x, shards.batch("train", draws).x)
     assert torch.equal(whole.batch("test", draws).x, digits.batch("test", draws).x) and whole.labels is not None
@@ -87,7 +87,7 @@ def test_shards_whose_origin_is_gone(tmp_path):
     for i in range(12):
         Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(source / f"{i}.png")
         (source / f"{i}.txt").write_text(f"red number {i}")
-    prepare(str(source), tmp_path / "shards", 8, shard_size=4)
+    prepare(load(str(source)), tmp_path / "shards", 8, shard_size=4)
     run = train_run("adversarial", str(tmp_path / "shards"), scale="smoke", images=32, out=tmp_path / "run", precision="fp32", quiet=True)
     source.rename(tmp_path / "elsewhere")
     assert sample_run(run, ["red number 3"])[0].shape == (1, 32, 32, 3)
@@ -98,7 +98,7 @@ def test_latents_are_for_recipes_that_draw(folder, tmp_path):
     "A codec of latents is no codec: it says so."
     small = dict(scale="smoke", images=32, precision="fp32", quiet=True)
     codec = train_run("vae", "digits", out=tmp_path / "codec", **small)
-    prepare("digits", tmp_path / "z", 32, open_run(codec).model.codec, shard_size=16)
+    prepare(load("digits"), tmp_path / "z", 32, open_run(codec).model.codec, shard_size=16)
     for recipe in ("vae", "vqvae", "vqvae2", "dvae", "cm3leon"):
         with pytest.raises(CourseError, match="learns from pictures and the shards in .* hold latents"):
             train_run(recipe, str(tmp_path / "z"), use=dict(codec=str(codec)), out=tmp_path / recipe, **small)

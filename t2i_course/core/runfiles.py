@@ -43,8 +43,6 @@ def read_config(
         module = recipe(values["recipe"])
     except CourseError as e:
         raise CourseError(f"{run} was trained by a recipe that is not here: {e}") from e
-    if module.Config is None:
-        return module.read(values)
     return from_json(module.Config, values, Path(run) / "config.json")
 
 
@@ -53,21 +51,17 @@ def write_config(
     config: Config,  # its data with their whole path
 ):
     "config.json, with the data as seen from the run"
-    values = json_of(config)
+    values = to_json(config)
     if is_path(values["data"]):
         values["data"] = seen_from(run, values["data"])
     write_json(Path(run) / "config.json", values)
-
-
-def json_of(config) -> dict:
-    return json.loads(json.dumps(config)) if isinstance(config, dict) else to_json(config)
 
 
 def config_hash(
     config: Config,  # settings of a run
 ) -> str:  # 16 hex digits
     "Ties checkpoints and models to their settings; where folders lie does not matter, they may be moved"
-    values = json_of(config)
+    values = to_json(config)
     values["uses"] = {role: used["model"] for role, used in values["uses"].items()}
     if is_path(values["data"]):
         del values["data"]

@@ -13,9 +13,8 @@ from t2i_course.core.guards import one_writer
 from t2i_course.core.runs import open_run
 from t2i_course.core.sources import is_path, load
 from t2i_course.run.sheets import to_bytes
-from t2i_course.core.prepare import prepare
+from t2i_course.core.prepare import prepare, read_json
 from t2i_course.core.shards import is_shards
-from t2i_course.scale.recipes import _read_json as read_json
 
 
 def are_latents(

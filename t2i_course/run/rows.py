@@ -4,10 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+from t2i_course.core.config import to_json
 from t2i_course.core.data import scale as current_scale
 from t2i_course.core.files import CourseError, say
 from t2i_course.core.guards import one_writer
-from t2i_course.core.runfiles import json_of, read_config
+from t2i_course.core.runfiles import read_config
 from t2i_course.run.measure import eval_run
 from t2i_course.run.settings import given_for, needs, settings
 from t2i_course.run.stamp import alike, versions
@@ -52,7 +53,7 @@ def cleared(
             config = read_config(out)
         except CourseError:
             config = None
-        if config and not any(gone) and alike(json_of(config), json_of(wanted), but=("uses",)):
+        if config and not any(gone) and alike(to_json(config), to_json(wanted), but=("uses",)):
             return False
         say(f"{out} was made with other settings or by another version: it is made anew")
         clear_run(out)

@@ -3,17 +3,9 @@
 import json
 from pathlib import Path
 
-from t2i_course.core.config import set_fields
+from t2i_course.core.config import set_fields, to_json
 from t2i_course.core.files import CourseError, say
-from t2i_course.core.runfiles import (
-    json_of,
-    model_hash,
-    place_of,
-    read_config,
-    seen_from,
-    whole,
-    write_config,
-)
+from t2i_course.core.runfiles import model_hash, place_of, read_config, seen_from, whole, write_config
 from t2i_course.core.sources import is_path
 from t2i_course.run.data import open_data
 
@@ -60,8 +52,8 @@ def same_fields(
     "Fields that are set once more have to be set to what they are"
     items = given["items"] or ()
     wanted = (set_fields(config, items) if items else config) | (given["changes"] or {})
-    for k, v in json.loads(json.dumps(json_of(wanted))).items():
-        own = json_of(config).get(k)
+    for k, v in json.loads(json.dumps(to_json(wanted))).items():
+        own = to_json(config).get(k)
         if v != own:
             raise CourseError(f"{out} was started with {k} = {own}, not {v}: train into another folder")
 

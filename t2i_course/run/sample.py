@@ -83,10 +83,6 @@ def options_of_all() -> dict:  # name -> (lowest, highest, whole number?, help)
     for name in recipes():
         for kind in vars(recipe(name)).values():
             own = getattr(kind, "options", None) if isinstance(kind, type) else None
-            if isinstance(own, tuple):
-                from t2i_course.core.legacy import OPTIONS
-
-                own = {k: OPTIONS[k] for k in own}
             found |= own if isinstance(own, dict) else {}
     return found
 

@@ -4,7 +4,8 @@ from functools import partial
 
 import torch
 
-from t2i_course.capstone.report_card import drawing_flops, training_memory, variety
+from t2i_course.capstone.report_card import training_memory, variety
+from t2i_course.core.counting import multiply_adds
 from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
 from t2i_course.core.metrics import evaluate, load_judge
@@ -82,9 +83,9 @@ def paradigm(
     judge, run = load_judge("painted"), runs[0]
     for row, r in zip(rows, runs):
         row["variety"] = variety(r.draw, data, judge, prompts)
-    config = run.config
+    config, draw = run.config, run.model.painter(run.tok, run.config)
     return dict(
-        multiply_adds=drawing_flops(run.model.painter(run.tok, config), prompts[:4]),
+        multiply_adds=multiply_adds(lambda: draw(prompts[:4], 0)) / 4 / 1e6,  # millions, for one picture
         memory=training_memory(run.model, run.tok, data, config["batch"], config["precision"]),
         batch=config["batch"],
     )

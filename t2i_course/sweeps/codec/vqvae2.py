@@ -5,7 +5,7 @@ import time
 from functools import lru_cache, partial
 import torch
 from t2i_course.codec.vqvae import VQVAE
-from t2i_course.codec.vqvae2 import CodesModel, make_codec, measure, recipe_for, said_where
+from t2i_course.codec.vqvae2 import VQModel, make_codec, measure, recipe_for, said_where
 from t2i_course.core.conditioning import WordTokenizer
 from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
@@ -56,7 +56,7 @@ def experiments(
     @lru_cache(1)  # both keys of an arm ask for its model
     def trained(name, seed):
         torch.manual_seed(seed)
-        start, model = time.perf_counter(), CodesModel(arms()[name](config))
+        start, model = time.perf_counter(), VQModel(arms()[name](config))
         tok = WordTokenizer(config["words"], config["max_len"])
         train_arm(model, tok, data, config, s["images"], seed, precision)
         return tok, model, time.perf_counter() - start
