@@ -76,7 +76,7 @@ def experiments(
             precision=precision,
             tasks=config.tasks,
             grid=list(first().model.codec.grid(config.shape)),
-            fd_floor=reference(data, judge, s["n"])["fd_floor"],
+            fd_floor=reference(data, judge, s["n"])["floor"]["fd_floor"],
         )
 
     def ready(config):  # with its memory

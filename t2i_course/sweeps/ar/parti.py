@@ -70,7 +70,7 @@ def experiments(
             codec_seconds=about["train_seconds"],
             n_codes=codec.n_codes,
             grid=list(codec.grid(config.shape)),
-            fd_floor=reference(data, judge, s["n"])["fd_floor"],
+            fd_floor=reference(data, judge, s["n"])["floor"]["fd_floor"],
         )
 
     def row(arm, seed):

@@ -83,7 +83,7 @@ def experiments(
             s,
             precision=precision,
             seeds=list(seeds),
-            fd_floor=reference(data, judge, s["n"])["fd_floor"],
+            fd_floor=reference(data, judge, s["n"])["floor"]["fd_floor"],
             judge=obedience(judge, x, data, captions)["all"],
             reader=obedience(reader(), x, data, captions)["all"],
         )

@@ -50,7 +50,7 @@ def experiments(
             precision=precision,
             seeds=list(seeds),
             n_codes=list(config["n_codes"]),
-            fd_floor=reference(data, judge, s["n"])["fd_floor"],
+            fd_floor=reference(data, judge, s["n"])["floor"]["fd_floor"],
         )
 
     @lru_cache(1)  # both keys of an arm ask for its model

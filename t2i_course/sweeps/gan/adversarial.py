@@ -178,7 +178,7 @@ def experiments(
             precision=precision,
             seeds=list(seeds),
             settings=[list(v) for v in SETTINGS[: s["settings"]]],
-            fd_floor=reference(data, judge, s["n"])["fd_floor"],
+            fd_floor=reference(data, judge, s["n"])["floor"]["fd_floor"],
         )
 
     yield "setting", setting

@@ -77,7 +77,7 @@ def experiments(
             seeds=list(seeds),
             batch=base["batch"],
             batches=list(BATCHES),
-            fd_floor=reference(data, judge, s["n"])["fd_floor"],
+            fd_floor=reference(data, judge, s["n"])["floor"]["fd_floor"],
         )
 
     @lru_cache(1)  # both keys of an arm ask for its model

@@ -91,7 +91,7 @@ def experiments(
     small, arms = lambda x: judge.features(smaller(x)), dict(path=recipe_for(data, scale)["path"], none=0.0)
 
     def setting():
-        fd_floor = reference(data, judge, n)["fd_floor"]
+        fd_floor = reference(data, judge, n)["floor"]["fd_floor"]
         return dict(s, psi=list(s["psi"]), precision=precision, seeds=list(seeds), fd_floor=fd_floor)
 
     @lru_cache(1)  # all keys of an arm ask for its model

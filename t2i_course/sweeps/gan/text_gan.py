@@ -39,7 +39,7 @@ def experiments(
             n=n,
             precision=precision,
             seeds=list(seeds),
-            fd_floor=reference(data, judges["painted"], n)["fd_floor"],
+            fd_floor=reference(data, judges["painted"], n)["floor"]["fd_floor"],
         )
 
     def row(draw, data, seed, **about):
