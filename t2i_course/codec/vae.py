@@ -6,8 +6,8 @@
 __all__ = ['LDM_KL_F8', 'PICTURES', 'SIZES', 'WHITENING', 'KL_F8', 'psnr', 'reparameterise', 'kl_to_normal', 'ResBlock',
            'Encoder', 'Decoder', 'VAE', 'Perceptual', 'PatchDiscriminator', 'adaptive_weight', 'lookalikes',
            'CodecModel', 'Repeated', 'KLModel', 'Config', 'recipe_for', 'make_codec', 'build', 'active_units', 'whiten',
-           'fit', 'make_shard', 'cache_latents', 'Latents', 'NormBlock', 'PlaceAttention', 'Level', 'Half', 'StableVAE',
-           'from_diffusers']
+           'fit_whitened', 'make_shard', 'cache_latents', 'Latents', 'NormBlock', 'PlaceAttention', 'Level', 'Half',
+           'StableVAE', 'from_diffusers']
 
 # %% ../../nbs/03_codec/01_vae.ipynb #f829b608
 import hashlib, json, os, re
@@ -25,7 +25,7 @@ from ..core.contracts import Config as RunConfig, Defaults, of_data
 from ..core.data import Batch, Draws, check_split, in_epochs
 from ..core.files import CourseError, not_written
 from ..core.sources import load, origin
-from ..core.ema import train_arm
+from ..core.experiments import Arm, fit
 from ..core.metrics import SEED, distinct, fingerprint, judge_for
 from ..core.training import Turn, pick_device
 from ..gan.adversarial import hinge_d, hinge_g
@@ -466,19 +466,18 @@ def whiten(
     return codec
 
 # %% ../../nbs/03_codec/01_vae.ipynb #6bb9e8be
-def fit(
+# ---- one arm of the sweep ----
+def fit_whitened(
     data,             # captioned pictures
     config:Config,    # as from `recipe_for`
     images:int,       # training pictures
     seed:int=0,       # of weights, data and noise
     precision:str='fp32',
-)->tuple:             # tokenizer, trained KLModel, whitened
+)->Arm:               # its codec whitened
     "Train one codec; its whitening is then measured anew, on 1,000 training pictures"
-    torch.manual_seed(seed)
-    tok,model = build(config)
-    train_arm(model, tok, data, config, images, seed, precision)
-    whiten(model.codec.eval(), data.batch('train', Draws(seed, torch.arange(1000))).x.to(pick_device()))
-    return tok,model
+    arm = fit(build, config, data, images, seed, precision)
+    whiten(arm.model.codec.eval(), data.batch('train', Draws(seed, torch.arange(1000))).x.to(pick_device()))
+    return arm
 
 # %% ../../nbs/03_codec/01_vae.ipynb #6fe5408f
 WHITENING = dict( # scale, shift: x0 = (z - shift) * scale, as each model's configuration says

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'SIZES', 'nearest_code', 'counts', 'perplexity', 'dead', 'Codebook', 'Quantized', 'VectorQuantizer',
-           'VQVAE', 'TwoStage', 'Blocked', 'VQModel', 'Config', 'recipe_for', 'make_codec', 'build', 'fit', 'inspect']
+           'VQVAE', 'TwoStage', 'Blocked', 'VQModel', 'Config', 'recipe_for', 'make_codec', 'build', 'blocked',
+           'inspect']
 
 # %% ../../nbs/03_codec/02_vqvae.ipynb #6e7855ab
 import math
@@ -17,7 +18,7 @@ from .vae import CodecModel, Decoder, Encoder
 from ..core.conditioning import WordTokenizer, count_calls, drawn_from
 from ..core.contracts import Config as RunConfig, of_data
 from ..core.data import Draws
-from ..core.ema import settle, train_arm
+from ..core.ema import settle
 from ..core.training import Turn, everyone
 
 # %% ../../nbs/03_codec/02_vqvae.ipynb #cdb4eb90
@@ -249,7 +250,6 @@ class TwoStage:
         return drawn_from(paint, tok, next(self.net.parameters()).device)
 
 # %% ../../nbs/03_codec/02_vqvae.ipynb #90ba317d
-# ---- the sweep beside the chapter ----
 class Blocked(VectorQuantizer):
     "Without the straight-through step: the decoder sees the codes, its gradient ends there"
     def forward(self, z, draws=None):
@@ -311,24 +311,17 @@ def build(
     "The codec of this chapter"
     return WordTokenizer(config.words, config.max_len),VQModel(make_codec(config))
 
-# %% ../../nbs/03_codec/02_vqvae.ipynb #b3a2112f
-def fit(
-    data,           # captioned pictures
-    config:Config,  # as from `recipe_for`
-    images:int,     # training pictures
-    seed:int=0,     # of weights, data and restarts
-    precision:str='fp32',
-    quantizer=None, # a class in place of VectorQuantizer
-)->tuple:           # tokenizer, trained VQModel
-    "Train one codec"
-    torch.manual_seed(seed)
-    tok,model = build(config)
-    if quantizer:
-        c = config
-        model.codec.quantizer = quantizer(c.n_codes, c.dim, c.beta, c.ema, c.restart, c.start)
-    train_arm(model, tok, data, config, images, seed, precision)
-    return tok,model
+# %% ../../nbs/03_codec/02_vqvae.ipynb #2950228e
+def blocked(
+    config:Config, # as from `recipe_for`
+):                 # change(model)
+    "Take the straight-through step away from a fresh model"
+    c = config
+    def change(model):
+        model.codec.quantizer = Blocked(c.n_codes, c.dim, c.beta, c.ema, c.restart, c.start)
+    return change
 
+# %% ../../nbs/03_codec/02_vqvae.ipynb #b3a2112f
 @torch.no_grad()
 def inspect(
     codec,     # a trained discrete codec
