@@ -256,12 +256,11 @@ def lookalikes(
     left,found = set(range(len(captions))),{}
     for split in [s for s in ('test','heldout') if s in data.splits]:
         size = distinct(data, split)
-        # if so, the first half of the protocol's order is what drawings are compared with
         finite = size!=float('inf')
         for k in range(chunks):
             if not left: break
             at = torch.arange(k*chunk, (k+1)*chunk)
-            if finite: at = torch.arange(size//2, size).roll(997*seed%size)
+            if finite: at = torch.arange(size).roll(997*seed%size)
             own = SEED if finite else 1_000_003+seed
             shown = _attributes(data, split, Draws(own, at)) if any(wanted) else {}
             free = torch.ones(len(at), dtype=torch.bool)
