@@ -2,16 +2,14 @@
 import json
 import re
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 
 import pytest
 import torch
 from t2i_course.run.arms import make_arms, put, code_version, kept_arms, measured_numbers, twin, value_at
 from t2i_course.ar import dalle
 from t2i_course.cli import main
+from t2i_course.core.register import sweep as sweep_of, sweeps
 from t2i_course.run.chapter import run_chapter
-from t2i_course.run.register import CHAPTERS
 from t2i_course.codec import dvae, vae, vqvae
 from t2i_course.core.files import CourseError
 from t2i_course.core.sources import load
@@ -21,18 +19,16 @@ from t2i_course.sweeps.codec import dvae as dvae_sweep, vae as vae_sweep, vqvae 
 from t2i_course.sweeps.gan import (adversarial as adversarial_sweep, biggan as biggan_sweep, stylegan2 as stylegan2_sweep,
                                    text_gan as text_gan_sweep)
 from t2i_course.sweeps.ar import dalle as dalle_sweep
-from t2i_course.sweeps.diffusion import samplers as sweep
+from t2i_course.sweeps.diffusion import samplers as samplers_sweep
 from tree import ROOT
 
 
 def chapter(name):
-    "The module with a chapter's sweep: at the chapter's address below sweeps, or the chapter itself."
-    path = CHAPTERS[name].replace("t2i_course.", "t2i_course.sweeps.", 1)
-    beside = find_spec(path.rpartition(".")[0]) and find_spec(path)
-    return import_module(path if beside else CHAPTERS[name])
+    "The module with a chapter's sweep."
+    return sweep_of(name)[1]
 
 
-SWEEPS = [name for name in CHAPTERS if hasattr(chapter(name), "experiments")]
+SWEEPS = [name for name in sweeps() if hasattr(chapter(name), "experiments")]
 RESULTS = sorted((ROOT / "results").glob("*.json"))
 NOT_YET = {"dalle": {f"arms.{a}.{s}" for a in ("early", "early_counted") for s in (0, 1)}}  # to be measured, see the DALL-E chapter
 
@@ -214,7 +210,8 @@ def test_run_chapter_goes_on(tmp_path, monkeypatch, capsys):
         def experiments(scale, seeds):
             for k in "ab": yield f"arm.{k}", lambda k=k: calls.append(k) or stop.get(k, dict(loss=ord(k) / 7))()
     stop = dict(a=lambda: dict(loss=.123456789), b=lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-    monkeypatch.setattr("t2i_course.run.chapter.module", lambda name, table=None: Sweep)
+    Sweep.__name__ = "t2i_course.sweeps.scale.recipes"
+    monkeypatch.setattr("t2i_course.run.chapter.sweep", lambda chapter: ("recipes", Sweep))
     run = ["run", "04_recipes", "--seeds", "1", "--out", str(path)]
     assert main(run) == 130 and calls == ["a"] + ["b"] and set(json.loads(path.read_text())["arm"]) == {"a"}
     stop["b"] = lambda: dict(loss=.2345678912)
@@ -276,7 +273,7 @@ def test_what_may_agree_is_a_short_list():
 def test_points_of_a_sweep_are_different_ones(scale):
     "Two numbers of calls can be the same number of Heun steps; at psi 1 it does not matter where w would be pulled."
     for sampler in samplers.SAMPLERS.values():
-        steps = [samplers.steps_for(sampler, n) for n in sweep.SWEEP[scale]["nfe"]]
+        steps = [samplers.steps_for(sampler, n) for n in samplers_sweep.SWEEP[scale]["nfe"]]
         assert len(set(steps)) == len(steps), steps
     assert set(stylegan2_sweep.SWEEP[scale]["psi"]) - {1.}
 

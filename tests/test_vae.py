@@ -3,15 +3,15 @@ import json
 
 import pytest
 import torch
-from t2i_course.codec.vae import (Config, KL_F8, LDM_KL_F8, VAE, WHITENING, Decoder, Encoder, KLModel, Latents, PatchDiscriminator,
-                                  Perceptual, StableVAE, active_units, adaptive_weight, build, cache_latents, from_diffusers,
+from t2i_course.codec.vae import (Config, KL_F8, LDM_KL_F8, VAE, WHITENING, Decoder, Encoder, KLModel, PatchDiscriminator,
+                                  Perceptual, StableVAE, active_units, adaptive_weight, build, from_diffusers,
                                   kl_to_normal, lookalikes, psnr, recipe_for, reparameterise, whiten)
 from t2i_course.core.contracts import from_json, to_json
 from t2i_course.core.data import Draws
-from t2i_course.core.files import CourseError
 from t2i_course.core.sources import load
 from t2i_course.core.ema import state_for
 from t2i_course.core.metrics import load_judge, obedience
+from t2i_course.core.prepare import prepare
 from t2i_course.core.training import feed, train
 
 
@@ -241,54 +241,22 @@ def test_same_weights_same_output_as_diffusers(widths, depth, z_channels, old):
 
 # --- Latents on disk ---
 
-def cached(tmp_path, **changes):
+def test_latents_read_back_are_what_was_encoded(tmp_path):
     torch.manual_seed(0)
     codec, data = VAE(1, 4, (8, 16)).eval(), load("digits")
-    args = dict(n=50, per_shard=20, batch=8) | changes
-    return codec, data, args
-
-
-def test_read_back_is_what_was_encoded(tmp_path):
-    codec, data, args = cached(tmp_path)
-    index = cache_latents(codec, data, tmp_path, **args)
-    latents = Latents(tmp_path, codec, data)
+    prepare(data, tmp_path, 50, codec, shard_size=20, batch=8)
+    latents = load(tmp_path, codec=codec)
+    latents.window = 0
+    read, captions, _ = latents.read(Draws(0, torch.arange(50)))
     parts = [i for shard in torch.arange(50).split(20) for i in shard.split(8)]
     with torch.no_grad(): z = torch.cat([codec.encode(data.batch("train", Draws(0, i)).x) for i in parts])
-    assert torch.equal(latents.z, z) and [s["n"] for s in index["shards"]] == [20, 20, 10]
-    real = data.batch("train", Draws(0, torch.arange(50)))
-    assert latents.texts == real.captions and torch.equal(latents.fields["attrs.digit"], real.attrs["digit"])
+    assert torch.equal(torch.stack([r["z"] for r in read]), z) and latents.lengths == (20, 20, 10)
+    assert captions == data.batch("train", Draws(0, torch.arange(50))).captions
     draws = Draws(4, torch.arange(60, 90))
     b = latents.batch("train", draws)
     assert b.x.shape == (30, *latents.shape) == (30, 4, 4, 4) and latents.demands(b.captions[0]) == {"digit": b.attrs["digit"][0]}
     assert torch.equal(b.x, latents.batch("train", draws).x)
-    assert not torch.equal(b.x, latents.batch("train", Draws(5, torch.arange(60, 90))).x)
-
-
-def test_interrupted_caching_goes_on(tmp_path):
-    codec, data, args = cached(tmp_path)
-    want = cache_latents(codec, data, tmp_path / "whole", **args)
-
-    def stop(done):
-        if done > 20: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): cache_latents(codec, data, tmp_path / "half", **args, progress=stop)
-    with pytest.raises(CourseError, match="not complete"): Latents(tmp_path / "half", codec, data)
-    first = tmp_path / "half" / "latents-00000.safetensors"
-    old = first.stat().st_mtime_ns
-    assert cache_latents(codec, data, tmp_path / "half", **args) == want and first.stat().st_mtime_ns == old
-    for s in want["shards"]: assert (tmp_path / "half" / s["file"]).read_bytes() == (tmp_path / "whole" / s["file"]).read_bytes()
-
-
-def test_damage_and_strangers_are_noticed(tmp_path):
-    codec, data, args = cached(tmp_path)
-    cache_latents(codec, data, tmp_path, **args)
-    path = tmp_path / "latents-00001.safetensors"
-    sound = path.read_bytes()
-    path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
-    with pytest.raises(CourseError, match="changed"): Latents(tmp_path, codec, data)
-    cache_latents(codec, data, tmp_path, **args)
-    assert path.read_bytes() == sound
-    with pytest.raises(CourseError, match="another encoder"): Latents(tmp_path, VAE(1, 4, (8, 16)), data)
-    with pytest.raises(CourseError, match="seed"): cache_latents(codec, data, tmp_path, **args, seed=1)
+    assert not torch.equal(b.x, latents.batch("train", Draws(5, torch.arange(60, 90))).x)  # the posterior is drawn anew
 
 
 # --- The recipe ---

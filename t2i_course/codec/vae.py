@@ -6,27 +6,22 @@
 __all__ = ['LDM_KL_F8', 'PICTURES', 'SIZES', 'WHITENING', 'KL_F8', 'psnr', 'reparameterise', 'kl_to_normal', 'ResBlock',
            'Encoder', 'Decoder', 'VAE', 'Perceptual', 'PatchDiscriminator', 'adaptive_weight', 'lookalikes',
            'CodecModel', 'Repeated', 'KLModel', 'Config', 'recipe_for', 'make_codec', 'build', 'active_units', 'whiten',
-           'fit_whitened', 'make_shard', 'cache_latents', 'Latents', 'NormBlock', 'PlaceAttention', 'Level', 'Half',
-           'StableVAE', 'from_diffusers']
+           'fit_whitened', 'NormBlock', 'PlaceAttention', 'Level', 'Half', 'StableVAE', 'from_diffusers']
 
 # %% ../../nbs/03_codec/01_vae.ipynb #f829b608
-import hashlib, json, os, re
+import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load as from_bytes, save as to_bytes
 from torch import nn, Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..core.conditioning import WordTokenizer, count_calls
 from ..core.contracts import Config as RunConfig, Defaults, of_data
-from ..core.data import Batch, Draws, check_split, in_epochs
-from ..core.files import CourseError, not_written
+from ..core.data import Draws
 from ..core.sources import load, origin
 from ..core.experiments import Arm, fit
-from ..core.metrics import SEED, distinct, fingerprint, judge_for
+from ..core.metrics import SEED, distinct, judge_for
 from ..core.training import Turn, pick_device
 from ..gan.adversarial import hinge_d, hinge_g
 
@@ -481,122 +476,6 @@ def fit_whitened(
 # %% ../../nbs/03_codec/01_vae.ipynb #6fe5408f
 WHITENING = dict( # scale, shift: x0 = (z - shift) * scale, as each model's configuration says
     sd15=(.18215, 0.), sdxl=(.13025, 0.), sd3=(1.5305, .0609), flux=(.3611, .1159))
-
-# %% ../../nbs/03_codec/01_vae.ipynb #67346e1b
-# ---- latents on disk ----
-def _put(path:Path, raw:bytes): # whole or not at all
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    try:
-        part.write_bytes(raw)
-        os.replace(part, path)
-    except OSError as e:
-        raise not_written(path, e) from e
-    finally: part.unlink(missing_ok=True)
-
-def _read_index(folder:Path)->dict:
-    try: return json.loads((folder/'index.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e: raise CourseError(f'{folder} holds no readable index.json ({e}). Make it with cache_latents.') from e
-
-def _sound(folder:Path, shard:dict)->bool: # is the file there, and is it the one that was written?
-    path = folder/shard['file']
-    return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest()==shard['sha256']
-
-# %% ../../nbs/03_codec/01_vae.ipynb #22a9f506
-@torch.no_grad()
-def make_shard(
-    codec,     # has encode
-    data,      # captioned pictures
-    split:str, # one of its splits
-    seed:int,  # of the pictures
-    at:Tensor, # (m) int64, which pictures
-    batch:int, # pictures at once
-)->bytes:      # a safetensors file: z, attributes, what is named, and the captions in its header
-    "One file of latents, everything a later chapter wants to know of the pictures beside them"
-    device,parts = next(codec.parameters()).device,[data.batch(split, Draws(seed, i)) for i in at.split(batch)]
-    tensors = dict(z=torch.cat([codec.encode(b.x.to(device)).cpu() for b in parts]))
-    for kind in ('attrs','named'):
-        for k in getattr(parts[0], kind): tensors[f'{kind}.{k}'] = torch.cat([getattr(b, kind)[k] for b in parts])
-    captions = [c for b in parts for c in b.captions]
-    return to_bytes({k:v.contiguous() for k,v in tensors.items()}, metadata=dict(captions=json.dumps(captions)))
-
-# %% ../../nbs/03_codec/01_vae.ipynb #e221217f
-def cache_latents(
-    codec,             # has encode and encoder; in eval mode
-    data,              # captioned pictures
-    folder,            # where the shards go
-    n:int,             # pictures
-    split:str='train', # one of the data's splits
-    seed:int=0,        # of the pictures
-    per_shard:int=4096,# pictures a file
-    batch:int=256,     # pictures at once
-    progress=None,     # called with the number of pictures done
-)->dict:               # the index
-    "encode, once for all: shards of latents and an index with their hashes; after an interruption call it again"
-    folder = Path(folder)
-    about = dict(data=data.name, source=data.source, split=split, seed=seed, n=n, per_shard=per_shard, batch=batch,
-                 encoder=fingerprint(codec.encoder))
-    if (folder/'index.json').exists():
-        index = _read_index(folder)
-        if {k:index.get(k) for k in about}!=about:
-            differ = [k for k in about if index.get(k)!=about[k]]
-            raise CourseError(f"{folder} holds other latents ({', '.join(differ)} differ): choose another folder, or delete it")
-    else:
-        try: folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise CourseError(f'{folder} cannot be made ({e.strerror}). Choose another folder.') from e
-        index = about|dict(shards=[])
-    was,done = codec.training,{s['file']:s for s in index['shards'] if _sound(folder, s)}
-    codec.eval()
-    index['shards'] = []
-    try:
-        for k,at in enumerate(torch.arange(n).split(per_shard)):
-            name = f'latents-{k:05d}.safetensors'
-            if name not in done:
-                raw = make_shard(codec, data, split, seed, at, batch)
-                _put(folder/name, raw)
-                done[name] = dict(file=name, n=len(at), sha256=hashlib.sha256(raw).hexdigest())
-            index['shards'].append(done[name])
-            _put(folder/'index.json', (json.dumps(index, indent=1)+'\n').encode())
-            if progress: progress(int(at[-1])+1)
-    finally: codec.train(was)
-    return index
-
-# %% ../../nbs/03_codec/01_vae.ipynb #d848f8ca
-class Latents:
-    "Cached latents in the place of pictures: the same batch(split, draws), so that everything trains on them as it is"
-    def __init__(self,
-        folder, # made by `cache_latents`
-        codec,  # the codec whose encoder made them: it draws and whitens
-        data,   # the pictures they were made from
-    ):
-        folder = Path(folder)
-        self.index = index = _read_index(folder)
-        self.codec,self.data,self.splits = codec,data,(index['split'],)
-        if index['encoder']!=fingerprint(codec.encoder):
-            raise CourseError(f'the latents in {folder} were made by another encoder: delete them and call cache_latents again')
-        if sum(s['n'] for s in index['shards'])!=index['n'] or not all(_sound(folder, s) for s in index['shards']):
-            raise CourseError(f'{folder} is not complete or was changed: call cache_latents again, it makes what is missing')
-        raws = [(folder/s['file']).read_bytes() for s in index['shards']]
-        parts = [from_bytes(raw) for raw in raws]
-        self.fields = {k:torch.cat([p[k] for p in parts]) for k in parts[0]}
-        self.texts = [c for s in index['shards'] for c in _captions(folder/s['file'])]
-        self.z = self.fields['z'] # (n 2d h w)
-        self.shape = (self.z.shape[1]//2, *self.z.shape[2:])
-        for k in ('name','attributes','words','size','source','demands'): setattr(self, k, getattr(data, k, None))
-
-    def batch(self,
-        split:str,   # the one that was cached
-        draws:Draws, # which latents, and the noise of the posterior
-    )->Batch:        # x (b d h w): whitened draws
-        "A fresh draw from the posterior every time; every picture once an epoch"
-        check_split(self, split)
-        i,own = in_epochs(len(self.z), draws),next(self.codec.parameters()).device
-        noise = Draws(draws.seed, draws.index).normal('posterior', *self.shape)
-        part = lambda kind: {k.split('.', 1)[1]:v[i] for k,v in self.fields.items() if k.startswith(kind)}
-        with torch.no_grad(): x = self.codec.sample(self.z[i].to(own), noise.to(own)).cpu()
-        return Batch(x, [self.texts[j] for j in i.tolist()], part('attrs.'), part('named.'))
-
-def _captions(path:Path)->list:
-    with safe_open(path, 'pt') as f: return json.loads(f.metadata()['captions'])
 
 # %% ../../nbs/03_codec/01_vae.ipynb #7c46ed21
 # ---- Stable Diffusion's autoencoder ----

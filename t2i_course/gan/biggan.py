@@ -242,7 +242,7 @@ class OneHot(nn.Module):
         cond:Cond, # ids (b 1)
     )->Cond:       # pooled (b n)
         hot = F.one_hot(cond.ids[:,0], self.n).float()
-        return Cond(hot[:,None], hot, cond.mask, cond.ids)
+        return cond.encoded(hot[:,None], hot)
 
 # %% ../../nbs/02_gan/03_biggan.ipynb #89ced26e
 # sizes: the released PyTorch code (github.com/ajbrock/BigGAN-PyTorch), launch_BigGAN_bs256x8.sh

@@ -53,7 +53,7 @@ def experiments(
             batch=config["batch"],
             fp16="autocast" if cuda else "simulated: float32 arithmetic, every product rounded to float16",
             bf16="autocast" if units else "simulated: float32 arithmetic, every product rounded to bfloat16",
-            fd_floor=reference(data, judge, s["n"])["fd_floor"],
+            fd_floor=reference(data, judge, s["n"])["floor"]["fd_floor"],
         )
 
     @cache
