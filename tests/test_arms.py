@@ -89,7 +89,7 @@ def value_keys(d, key):
 def test_each_key_is_made_from_its_own_arm(monkeypatch):
     "Asked for in the opposite order, when all loops are over."
     monkeypatch.setattr(biggan_sweep, "fresh", lambda config, seed: (None, None))
-    monkeypatch.setattr(biggan_sweep, "watched", lambda config, data, images, looks, judge, n, seed, precision: (config["batch"], seed))
+    monkeypatch.setattr(biggan_sweep, "watched", lambda config, data, images, looks, judge, n, seed, precision: (config.batch, seed))
     pairs = [(k, m) for k, m in biggan_sweep.experiments("smoke", (3, 4)) if k.startswith("batch")]
     assert {k: m() for k, m in reversed(pairs)} == {f"batch.{b}.seed{s}": (b, s) for b in biggan_sweep.BATCHES for s in (3, 4)}
 
@@ -101,19 +101,21 @@ def arms_of(monkeypatch, module, **instead):
 
 def test_late_binding_everywhere(monkeypatch):
     "What a key says is what is trained: the changes of the arm, and its seed."
-    def trained(data, config, images, seed, precision, quantizer=None):
-        seen.append((data.name, {k: config[k] for k in config if config[k] != base[k]}, seed, quantizer))
+    def trained(build, config, data, images, seed, precision, change=None):
+        seen.append((data.name, {k: config[k] for k in config.keys() if config[k] != base[k]}, seed, change))
         raise StopIteration
+    def whitened(data, config, *args): trained(None, config, data, *args)
     for module, data, first in ((vqvae_sweep, "digits", "beta."), (vae_sweep, "painted", "losses."),
                                 (dvae_sweep, "digits", "arms.")):
         base, seen = module.recipe_for(load(data), "smoke"), []
-        pairs = arms_of(monkeypatch, module, fit=trained, **(dict(train_judge=None) if module is vae_sweep else {}))
+        instead = dict(fit_whitened=whitened, train_judge=None) if module is vae_sweep else dict(fit=trained)
+        pairs = arms_of(monkeypatch, module, **instead)
         pairs = [(k, m) for k, m in pairs if k.startswith(first)]
         for _, make in reversed(pairs):
             with pytest.raises(StopIteration): make()
         assert len(seen) == len(pairs) == len({repr(s) for s in seen}), "two keys train the same arm"
         assert [s[2] for s in reversed(seen)] == [int(re.search(r"\d+$", k).group()) for k, _ in pairs]
-        if module is vqvae_sweep: assert [round(100 * s[1].get("beta", base["beta"])) for s in reversed(seen)] == [
+        if module is vqvae_sweep: assert [round(100 * s[1].get("beta", base.beta)) for s in reversed(seen)] == [
             int(k.split(".")[1]) for k, _ in pairs]
 
 
@@ -302,6 +304,21 @@ class Watched(dict):
     def __or__(self, other): raise TypeError("a copy would not be watched")
 
 
+def watched(config):
+    "The same for a config that is a dataclass: the config, and the names of the fields that were looked at."
+    if isinstance(config, dict): return (config := Watched(config)), config.seen
+    seen, fields = set(), set(config.keys())
+
+    class Seen(type(config)):
+        def __getattribute__(self, k):
+            if k in fields: seen.add(k)
+            return object.__getattribute__(self, k)
+        def __or__(self, other): raise TypeError("a copy would not be watched")
+    config.__class__ = Seen
+    seen.clear()
+    return config, seen
+
+
 CHANGES = [(m, d, k, c) for m, d, by in (
     (vae, "painted", vae_sweep.ARMS), (vqvae, "painted", vqvae_sweep.GRIDS), (vqvae, "digits", vqvae_sweep.BOOKS),
     (vqvae, "digits", vqvae_sweep.THROUGH), (dvae, "digits", dvae_sweep.ARMS),
@@ -315,8 +332,8 @@ CHANGES = [(m, d, k, c) for m, d, by in (
 def test_what_an_arm_changes_is_looked_at(module, data, arm, change):
     config = module.recipe_for(load(data), "smoke")
     assert change.keys() <= config.keys(), "a name that the recipe does not know"
-    config = Watched(config | change)
+    config, seen = watched(config | change)
     _, model = module.build(config)
     from t2i_course.core.ema import state_for
     state_for(model, config)
-    assert change.keys() <= config.seen, change.keys() - config.seen
+    assert change.keys() <= seen, change.keys() - seen
