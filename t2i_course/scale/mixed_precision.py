@@ -20,7 +20,6 @@ from ..core.training import State, feed, has_bf16, train
 from ..diffusion.ddpm import SIZES
 from ..diffusion.preconditioning import fit_skip
 from ..flow.flow_matching import QUICK, build, recipe_for
-from ..transformer.dit import unseen_loss
 
 # %% ../../nbs/12_scale/01_mixed_precision.ipynb #2cb6591c
 class Format(NamedTuple):

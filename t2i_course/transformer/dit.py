@@ -9,7 +9,6 @@ __all__ = ['WAYS', 'SIZES', 'PUBLISHED', 'patchify', 'unpatchify', 'waves', 'pos
            'counted_macs', 'name_map', 'from_diffusers', 'to_diffusers']
 
 # %% ../../nbs/05_transformer/01_dit.ipynb #1e055300
-import math
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
