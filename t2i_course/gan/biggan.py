@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from ..core.conditioning import Cond, WordTokenizer, caption_encoder, drawn_from
 from ..core.contracts import of_data
 from ..core.data import Draws
-from ..core.metrics import at_most, frechet, precision_recall, reference
+from ..core.metrics import frechet, precision_recall, reference
 from ..core.training import Turn
 from .adversarial import GAN, GANConfig, hinge_d, hinge_g
 
@@ -403,7 +403,7 @@ def spectrum(
     seed:int=0,    # handed to draw
 )->dict:
     "Quality and variety of drawings: FD, obedience, how sure the judge is, spread in a class"
-    r = reference(data, judge, at_most(data, n))
+    r = reference(data, judge, n)
     labels = torch.arange(n)%len(data.sayings)
     x = draw([data.sayings[i] for i in labels], seed).clamp(-1, 1)
     f,(logits,) = judge.features(x),judge(x.to(judge.mean)).values()

@@ -70,7 +70,7 @@ def experiments(
             s,
             precision=precision,
             variance=unseen().var().item(),
-            fd_floor=reference(painted, judge, s["n"])["fd_floor"],
+            fd_floor=reference(painted, judge, s["n"])["floor"]["fd_floor"],
         )
 
     def on_digits(name, seed):

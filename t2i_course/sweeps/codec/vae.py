@@ -15,7 +15,7 @@ from t2i_course.codec.vae import (
 )
 from t2i_course.core.data import Draws
 from t2i_course.core.sources import load
-from t2i_course.core.metrics import at_most, evaluate, load_judge, obedience, reference, train_judge
+from t2i_course.core.metrics import evaluate, load_judge, obedience, reference, train_judge
 from t2i_course.core.training import has_bf16, pick_device
 from torch import Tensor
 
@@ -83,7 +83,7 @@ def experiments(
             s,
             precision=precision,
             seeds=list(seeds),
-            fd_floor=reference(data, judge, at_most(data, s["n"]))["fd_floor"],
+            fd_floor=reference(data, judge, s["n"])["floor"]["fd_floor"],
             judge=obedience(judge, x, data, captions)["all"],
             reader=obedience(reader(), x, data, captions)["all"],
         )

@@ -61,7 +61,7 @@ def experiments(
             precision=precision,
             seeds=list(seeds),
             variance={k: v.var().item() for k, v in test().items()},
-            fd_floor=reference(painted, judge, at_most(painted, s["n"]))["fd_floor"],
+            fd_floor=reference(painted, judge, s["n"])["floor"]["fd_floor"],
         )
 
     @lru_cache(1)  # both keys of an arm ask for its model

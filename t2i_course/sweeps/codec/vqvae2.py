@@ -9,7 +9,7 @@ from t2i_course.codec.vqvae2 import VQModel, make_codec, measure, recipe_for, sa
 from t2i_course.core.conditioning import WordTokenizer
 from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
-from t2i_course.core.metrics import at_most, evaluate, judge_for, reference
+from t2i_course.core.metrics import evaluate, judge_for, reference
 from t2i_course.core.training import has_bf16, pick_device
 
 
@@ -50,7 +50,7 @@ def experiments(
             precision=precision,
             seeds=list(seeds),
             n_codes=list(config["n_codes"]),
-            fd_floor=reference(data, judge, at_most(data, s["n"]))["fd_floor"],
+            fd_floor=reference(data, judge, s["n"])["floor"]["fd_floor"],
         )
 
     @lru_cache(1)  # both keys of an arm ask for its model

@@ -7,7 +7,7 @@ from t2i_course.core.data import Draws
 from t2i_course.core.files import CourseError
 from t2i_course.core.sources import load
 from t2i_course.core.ema import state_for
-from t2i_course.core.metrics import at_most, evaluate, load_judge, reference
+from t2i_course.core.metrics import evaluate, load_judge, reference
 from t2i_course.core.training import feed, has_bf16, pick_device, train
 from t2i_course.gan.adversarial import (
     KINDS,
@@ -178,7 +178,7 @@ def experiments(
             precision=precision,
             seeds=list(seeds),
             settings=[list(v) for v in SETTINGS[: s["settings"]]],
-            fd_floor=reference(data, judge, at_most(data, s["n"]))["fd_floor"],
+            fd_floor=reference(data, judge, s["n"])["floor"]["fd_floor"],
         )
 
     yield "setting", setting

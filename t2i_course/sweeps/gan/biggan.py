@@ -4,7 +4,7 @@ import time
 from functools import lru_cache, partial
 from t2i_course.core.sources import load
 from t2i_course.core.ema import state_for, train_arm
-from t2i_course.core.metrics import at_most, evaluate, load_judge, reference
+from t2i_course.core.metrics import evaluate, load_judge, reference
 from t2i_course.core.training import feed, has_bf16, pick_device, train
 from t2i_course.gan.biggan import fresh, recipe_for, spectrum
 
@@ -77,7 +77,7 @@ def experiments(
             seeds=list(seeds),
             batch=base["batch"],
             batches=list(BATCHES),
-            fd_floor=reference(data, judge, at_most(data, s["n"]))["fd_floor"],
+            fd_floor=reference(data, judge, s["n"])["floor"]["fd_floor"],
         )
 
     @lru_cache(1)  # both keys of an arm ask for its model

@@ -7,7 +7,7 @@ from t2i_course.core.conditioning import Cond
 from t2i_course.core.data import Draws
 from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
-from t2i_course.core.metrics import at_most, evaluate, frechet, load_judge, reference
+from t2i_course.core.metrics import evaluate, frechet, load_judge, reference
 from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.gan.stylegan2 import Large, Tinted, build, followers, path_lengths, recipe_for, smaller
 
@@ -91,7 +91,7 @@ def experiments(
     small, arms = lambda x: judge.features(smaller(x)), dict(path=recipe_for(data, scale)["path"], none=0.0)
 
     def setting():
-        fd_floor = reference(data, judge, at_most(data, n))["fd_floor"]
+        fd_floor = reference(data, judge, n)["floor"]["fd_floor"]
         return dict(s, psi=list(s["psi"]), precision=precision, seeds=list(seeds), fd_floor=fd_floor)
 
     @lru_cache(1)  # all keys of an arm ask for its model

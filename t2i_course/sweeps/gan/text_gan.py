@@ -6,7 +6,7 @@ import torch
 from t2i_course.core.data import Draws, Painted
 from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
-from t2i_course.core.metrics import at_most, evaluate, judge_for, reference
+from t2i_course.core.metrics import evaluate, judge_for, reference
 from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.gan.text_gan import build, by_demands, recipe_for, sketcher, spread
 
@@ -30,7 +30,7 @@ def experiments(
     "Word attention, matching loss, seeking; two stages against one; two digits; obedience by demands"
     s, precision = SWEEP[scale], "bf16" if has_bf16(pick_device()) else "fp32"
     data, two = Painted(), load("painted2")
-    n, judges = at_most(data, s["n"]), {d.name: judge_for(d) for d in (data, two)}
+    n, judges = s["n"], {d.name: judge_for(d) for d in (data, two)}
     arms = {k: (v, data) for k, v in ARMS.items()} | dict(two=({}, two))
 
     def setting():
@@ -39,7 +39,7 @@ def experiments(
             n=n,
             precision=precision,
             seeds=list(seeds),
-            fd_floor=reference(data, judges["painted"], n)["fd_floor"],
+            fd_floor=reference(data, judges["painted"], n)["floor"]["fd_floor"],
         )
 
     def row(draw, data, seed, **about):
