@@ -184,7 +184,6 @@ class VQVAE(nn.Module):
         ids:Tensor, # (b h w) int64
     )->Tensor:      # (b c h w)
         return self.decoder(self.quantizer.embed(ids))
-    codes,decode_codes = encode,decode
     def forward(self,
         x:Tensor,         # (b c h w) pictures
         draws:Draws=None, # of a training step
