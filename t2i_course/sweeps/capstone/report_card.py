@@ -9,7 +9,8 @@ from t2i_course.core.ema import train_arm
 from t2i_course.core.metrics import evaluate, load_judge
 from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.diffusion.ddpm import build, drawer, recipe, times, x0
-from t2i_course.gan.adversarial import SETTINGS, SWEEP, Stacked, modes_of
+from t2i_course.gan.adversarial import Stacked, modes_of
+from t2i_course.sweeps.gan.adversarial import SETTINGS, SWEEP
 
 
 # ---- diffusion where the adversarial chapter measures GANs ----
