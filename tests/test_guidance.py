@@ -7,12 +7,14 @@ import pytest
 import torch
 from arms import made
 from t2i_course.core.conditioning import Cond, WordTokenizer, raw_cond
-from t2i_course.core.data import NUMBERS, Draws, load
+from t2i_course.core.data import NUMBERS, Draws
+from t2i_course.core.sources import load
 from t2i_course.diffusion import guidance
 from t2i_course.diffusion.ddpm import VP, Denoiser, eps, guided, linear_betas, sample, v, x0
 from t2i_course.diffusion.guidance import (BOUND, FIXES, NoisyClassifier, Nulls, both, by_classifier, demanded,
                                            diversity, dynamic_threshold, interval, label_reader, nulls, on_gray,
                                            painter, rescale, rescaled, saturation, threshold)
+from t2i_course.sweeps.diffusion import guidance as sweep
 
 PROCESS = VP(linear_betas())
 W = 3.5
@@ -84,7 +86,7 @@ def test_interval_guides_inside_only():
 
 @pytest.mark.parametrize("phi", [0., .3, .7, 1.])
 def test_rescale_is_diffusers(phi):
-    guiders = pytest.importorskip("diffusers.guiders.guider_utils")
+    from diffusers.guiders import guider_utils as guiders
     g = torch.Generator().manual_seed(1)
     louder, plain = 4 * torch.randn(3, 4, 8, 8, generator=g) + 1, torch.randn(3, 4, 8, 8, generator=g)
     theirs = guiders.rescale_noise_cfg(louder, plain, guidance_rescale=phi)
@@ -95,14 +97,14 @@ def test_rescale_is_diffusers(phi):
 @pytest.mark.parametrize("ratio", [.9, .995])
 @pytest.mark.parametrize("most", [1., 1.5, 100.])
 def test_dynamic_threshold_is_diffusers(ratio, most):
-    schedulers = pytest.importorskip("diffusers.schedulers")
+    from diffusers import schedulers
     scheduler = schedulers.DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=ratio, sample_max_value=most)
     x = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * torch.tensor([.1, .5, 1., 2., 5.]).view(5, 1, 1, 1)
     assert torch.allclose(dynamic_threshold(x, ratio, most), scheduler._threshold_sample(x), atol=1e-5)
 
 
 def test_diffusers_default_divides_by_one():
-    schedulers = pytest.importorskip("diffusers.schedulers")
+    from diffusers import schedulers
     x = 3 * torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     assert torch.equal(schedulers.DDPMScheduler(thresholding=True)._threshold_sample(x), x.clamp(-1, 1))
     assert not torch.allclose(dynamic_threshold(x), x.clamp(-1, 1), atol=.1)
@@ -324,9 +326,9 @@ def test_painter_keeps_the_noise():
 def test_experiments(monkeypatch):
     tiny = dict(images=320, classifier=320, painted=320, n=12, gray=2, steps=2, scales=(1., 2.), classifier_scales=(1.,),
                 p_drop=(0., .1), painted_scales=(1., 2.), fix_scales=(2.,))
-    monkeypatch.setitem(guidance.SWEEP, "smoke", tiny)
-    monkeypatch.setattr(guidance, "FIXES", {k: FIXES[k] for k in ("none", "dynamic")})
-    found = made(guidance)
+    monkeypatch.setitem(sweep.SWEEP, "smoke", tiny)
+    monkeypatch.setattr(sweep, "FIXES", {k: FIXES[k] for k in ("none", "dynamic")})
+    found = made(sweep)
     json.dumps(found)
     assert next(iter(found)) == "setting" and {"n", "images", "steps", "fd_floor", "precision"} <= set(found["setting"])
     row = found["row.seed0"]

@@ -1,5 +1,6 @@
 "The rules of the house, one test a rule. CONTRIBUTING.md says why each is there."
 import ast
+import configparser
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from nbdev.clean import clean_nb
 from tree import LIB, ROOT, chapters, copy_to, files, generated, modules, notebooks
 
 NOTEBOOKS, CHAPTERS = notebooks(), chapters()
+GROUND = {"files", "sources", "downloads", "contracts", "counting", "shards"}  # written by hand, below all chapters that use them
 BY_MODULE = {chapter.address: chapter for chapter in CHAPTERS}
 every_notebook = pytest.mark.parametrize("nb", NOTEBOOKS, ids=str)
 every_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=str)
@@ -66,7 +68,7 @@ def test_exported_imports_come_from_chapters_before(chapter):
     for name, level in [found for tree in trees for found in imported_modules(tree)]:
         assert level == 0, f"write `from {LIB}... import`: nbdev makes it relative"
         if name.split(".")[0] != LIB: continue
-        if name == f"{LIB}.sources": continue  # hand-written plumbing: downloads and folders
+        if name.removeprefix(f"{LIB}.core.") in GROUND: continue
         source = BY_MODULE.get(name.removeprefix(f"{LIB}."))
         assert source, f"{name} is not the module of a chapter"
         assert source.order < chapter.order, f"{name} is explained later"
@@ -89,6 +91,23 @@ def test_imports_stand_alone(nb):
         nodes = cell.code.body if cell.exported else ast.walk(cell.code)
         has_import = any(isinstance(node, imports) for node in nodes)
         assert not has_import or all(isinstance(node, imports) for node in cell.code.body), cell.source
+
+
+def declared():
+    "What pip installs with the package and its tests."
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    names = f"{settings['DEFAULT']['requirements']} {settings['DEFAULT']['dev_requirements']}".split()
+    names = [re.match(r"[\w-]+", name)[0].replace("-", "_") for name in names]
+    return {{"scikit_learn": "sklearn"}.get(name, name) for name in names}
+
+
+def test_no_test_is_skipped_where_something_declared_is_missing():
+    "A proof that ours equals another library's must be red where that library is missing, not skipped."
+    for path in files():
+        if not path.match("tests/*.py"): continue
+        skipped = re.findall(r"""importor[s]kip\(\s*["']([\w]+)""", path.read_text(encoding="utf-8"))
+        assert not declared() & set(skipped), f"{path.name}: import it plainly"
 
 
 HEAVY = ["accelerate", "diffusers", "matplotlib.pyplot", "peft", "sklearn", "torchmetrics", "torchvision",
@@ -145,12 +164,6 @@ def test_no_orphan_module():
     assert not [path for path, source in sources.items() if source and not source.exists()]
 
 
-def test_few_modules_are_written_by_hand():
-    no_content = {"__init__.py", "_modidx.py", "__main__.py"}  # made by nbdev, or a call of the command
-    by_hand = [path.name for path in modules() if not generated(path) and path.name not in no_content]
-    assert len(by_hand) <= 6, by_hand
-
-
 def test_index_of_names_points_at_modules():
     index = {}
     exec((ROOT / LIB / "_modidx.py").read_text(), index)
@@ -159,19 +172,26 @@ def test_index_of_names_points_at_modules():
 
 
 def ruff(*args):
-    command = [sys.executable, "-m", "ruff", "check", "--no-cache", *args]
+    command = [sys.executable, "-m", "ruff", *args, "--no-cache"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_ruff_passes_on_the_code():
     "No unresolved or unused name, no star import."
-    ruff(LIB, "tests", "tools", "setup.py")
+    ruff("check", LIB, "tests", "tools", "setup.py")
+
+
+def test_ruff_formats_what_is_written_by_hand():
+    "One shape for all of it, one statement a line, nothing wider than 110: `ruff format` on the files it names."
+    by_hand = [str(path) for path in modules() if not generated(path) and path.name != "_modidx.py"]
+    ruff("format", "--check", *by_hand)
+    ruff("check", "--select", "E501,E701,E702,E703", "--config", "lint.pycodestyle.max-line-length=110", *by_hand)
 
 
 def test_ruff_resolves_every_name_in_the_notebooks():
     "Read from top to bottom, a notebook uses only names it has defined."
-    ruff("--select", "F821,F822,F823,F403,F405", "nbs")
+    ruff("check", "--select", "F821,F822,F823,F403,F405", "nbs")
 
 
 # --- Notebooks as files ---
@@ -263,6 +283,20 @@ UNIT = r"[*_`]*(?:\s[A-Za-z]{1,12})?[*_`]*\s*"
 NUMBER = re.compile(rf"(?P<number>[-−]?\d[\d,]*(?:\.\d+)?)(?P<percent>\s?%)?{UNIT}$")
 
 
+def test_the_contributors_example_of_a_mark_is_true():
+    "CONTRIBUTING shows a number with its source: the file, the path and the number must be there."
+    found = list(measured((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")))
+    assert found
+    for number, percent, file, path in found: assert as_written(lookup(file, path), number, percent) == number
+
+
+def test_contributing_names_files_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"\b((?:nbs|tests|tools|results|t2i_course)/[\w./-]*\w)", text)
+    examples = {"nbs/PP_part/NN_name.ipynb"}
+    assert [name for name in named if not (ROOT / name).exists() and name not in examples] == []
+
+
 def lookup(file, path):
     "The value at `a.b.0.c` in a result file."
     value = json.loads((ROOT / "results" / file).read_text(encoding="utf-8"))
@@ -310,10 +344,27 @@ def keys(value):
 RESULTS = [path for path in files() if path.match("results/*.json")]
 
 
+HEAD = dict(chapter=r"[a-z0-9_]+", command=r"t2i .+", date=r"20\d\d-\d\d-\d\d", hardware=r".+ cores?|.*(?i:cpu|gpu|cuda|nvidia).*")
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
-def test_result_file_says_how_it_was_made(path):
-    needed = {"chapter", "command", "date", "hardware", "seeds", "versions"}
-    assert needed <= keys(json.loads(path.read_text(encoding="utf-8")))
+def test_result_file_says_at_its_top_how_it_was_made(path):
+    "Not somewhere: a row may quote another run's command."
+    head = json.loads(path.read_text(encoding="utf-8"))
+    for key, form in HEAD.items(): assert re.fullmatch(form, str(head.get(key))), f"{key}: {head.get(key)}"
+    assert head.get("seeds") and all(type(seed) is int for seed in head["seeds"])
+    assert {"python", "torch", "t2i_course"} <= set(head.get("versions", {}))
+    assert head.get("scale") in ("demo", "full"), "smoke scale is for tests"
+
+
+def test_every_row_of_the_demo_says_how_it_was_made():
+    "Its rows come from different machines, so that the top of the file speaks of the last one only."
+    demo = json.loads((ROOT / "results" / "demo.json").read_text(encoding="utf-8"))
+    rows = {key: row for key, row in demo.items() if key in ("with_bf16", "without_bf16")}
+    assert rows
+    for name, row in rows.items():
+        for key in ("command", "date", "hardware"): assert re.fullmatch(HEAD[key], str(row.get(key))), f"{name}: {key}"
+        assert type(row.get("train_seed")) is int and row.get("n"), name
 
 
 # --- Shipped weights ---

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from t2i_course.core.data import CourseError, Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.files import CourseError
+from t2i_course.core.sources import load
 from t2i_course.core.metrics import (
     SHIPPED, ceilings, evaluate, fingerprint, frechet, glyph_space, judge_for, kid, load_judge, make_judges,
     nearest_rate, obedience, obeys, precision_recall, protocol, read_card, read_judge, save_judge, shuffled,
@@ -42,14 +44,14 @@ def two_sets():
 
 
 def test_frechet_equals_torchmetrics(two_sets):
-    fid = pytest.importorskip("torchmetrics.image.fid").FrechetInceptionDistance
+    from torchmetrics.image.fid import FrechetInceptionDistance as fid
     metric = fid(feature=Flat(), normalize=True, input_img_size=(3, 4, 4)).set_dtype(torch.float64)
     for x, real in zip(two_sets, (True, False)): metric.update(x, real=real)
     assert frechet(*map(Flat(), two_sets)) == pytest.approx(metric.compute().item(), rel=1e-4)
 
 
 def test_kid_equals_torchmetrics(two_sets):
-    metric_class = pytest.importorskip("torchmetrics.image.kid").KernelInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance as metric_class
     a, b = two_sets[0][:250], two_sets[1]
     warnings.simplefilter("ignore")
     metric = metric_class(feature=Flat(), subsets=1, subset_size=250, normalize=True)

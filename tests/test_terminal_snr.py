@@ -11,9 +11,10 @@ from t2i_course.core.training import State, feed, train
 from t2i_course.diffusion import ddpm
 from t2i_course.diffusion.ddpm import VP, Coefs, Denoiser, linear_betas, sample, solve
 from t2i_course.diffusion.schedules import EDM, cosine_betas, scaled_linear_betas
-from t2i_course.diffusion.terminal_snr import (Flat, OffsetDraws, OnSphere, Papers, arms, brightness, build, leading, make_loss,
-                                               measure, moved, offset_loss, offset_start, rescale_zero_terminal_snr, settings,
-                                               silent, snr_weight, trailing, walks)
+from t2i_course.diffusion.terminal_snr import (
+    Flat, OffsetDraws, OnSphere, Papers, brightness, build, leading, make_loss, measure, moved,
+    offset_loss, offset_start, rescale_zero_terminal_snr, settings, silent, snr_weight, trailing)
+from t2i_course.sweeps.diffusion.terminal_snr import arms, walks
 
 CHAIN, ZERO = VP(scaled_linear_betas()), VP(rescale_zero_terminal_snr(scaled_linear_betas()))
 
@@ -35,7 +36,8 @@ def gray(process, side, ts, offset=0., sampler=sample, levels=(-1., 0., 1.), n=2
 @pytest.mark.parametrize("betas", [scaled_linear_betas(), linear_betas(), linear_betas(200), cosine_betas()],
                          ids=["scaled", "linear", "linear200", "cosine"])
 def test_rescaling_is_that_of_diffusers(betas):
-    theirs = pytest.importorskip("diffusers.schedulers.scheduling_ddim").rescale_zero_terminal_snr(betas)
+    from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr as of_diffusers
+    theirs = of_diffusers(betas)
     ours = rescale_zero_terminal_snr(betas)
     assert torch.allclose(ours, theirs, atol=1e-6, rtol=0)
     root, old = torch.cumprod(1 - ours, 0).sqrt(), torch.cumprod(1 - betas, 0).sqrt()
@@ -46,7 +48,7 @@ def test_rescaling_is_that_of_diffusers(betas):
 @pytest.mark.parametrize("n", [7, 10, 25, 30, 50, 1000])
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_times_are_those_of_diffusers(spacing, n):
-    DDIM = pytest.importorskip("diffusers").DDIMScheduler
+    from diffusers import DDIMScheduler as DDIM
     offset = 0 if n == 1000 else 1
     theirs = DDIM(num_train_timesteps=1000, timestep_spacing=spacing, steps_offset=offset)
     theirs.set_timesteps(n)
@@ -59,7 +61,7 @@ def test_times_are_those_of_diffusers(spacing, n):
 @pytest.mark.parametrize("spacing, offset", [("trailing", 0), ("leading", 1)])
 def test_drawing_from_the_end_is_that_of_diffusers(spacing, offset):
     "DDIM with v on the rescaled chain, every step."
-    DDIM = pytest.importorskip("diffusers").DDIMScheduler
+    from diffusers import DDIMScheduler as DDIM
     theirs = DDIM(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True,
                   prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing=spacing, steps_offset=offset)
     theirs.set_timesteps(25)
@@ -204,7 +206,7 @@ def test_papers_and_captions():
 
 
 def test_moved_is_the_earth_movers_distance():
-    stats = pytest.importorskip("scipy.stats")
+    from scipy import stats
     a, b = torch.randn(2, 50)
     assert abs(moved(a, b) - stats.wasserstein_distance(a.numpy(), b.numpy())) < 1e-6
     assert moved(a, a[torch.randperm(50)]) == 0 and abs(moved(a, a + .3) - .3) < 1e-6

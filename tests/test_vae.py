@@ -6,7 +6,9 @@ import torch
 from t2i_course.codec.vae import (KL_F8, LDM_KL_F8, VAE, WHITENING, Decoder, Encoder, KLModel, Latents, PatchDiscriminator,
                                   Perceptual, StableVAE, active_units, adaptive_weight, build, cache_latents, from_diffusers,
                                   kl_to_normal, lookalikes, psnr, recipe_for, reparameterise, whiten)
-from t2i_course.core.data import CourseError, Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.files import CourseError
+from t2i_course.core.sources import load
 from t2i_course.core.ema import state_for
 from t2i_course.core.metrics import at_most, load_judge, obedience
 from t2i_course.core.training import feed, train
@@ -213,7 +215,7 @@ def test_published_size_is_exact():
 
 @pytest.mark.parametrize("widths, depth, z_channels, old", [((16, 32), 1, 4, False), ((8, 16, 16), 2, 4, True), ((8, 16, 24, 24), 2, 16, False)])
 def test_same_weights_same_output_as_diffusers(widths, depth, z_channels, old):
-    AutoencoderKL = pytest.importorskip("diffusers").AutoencoderKL
+    from diffusers import AutoencoderKL
     torch.manual_seed(0)
     kind = len(widths)
     theirs = AutoencoderKL(block_out_channels=widths, layers_per_block=depth, latent_channels=z_channels, norm_num_groups=8,

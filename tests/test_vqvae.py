@@ -8,7 +8,8 @@ from torch import nn
 
 from t2i_course.codec import vqvae
 from t2i_course.codec.vqvae import TwoStage, VectorQuantizer, VQVAE, dead, nearest_code, perplexity
-from t2i_course.core.data import Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.core.ema import EMA
 from t2i_course.core.training import State, feed, train
 
@@ -92,7 +93,7 @@ def test_blocked_quantiser_stops_the_decoder():
 
 
 def test_agrees_with_diffusers():
-    Theirs = pytest.importorskip("diffusers.models.autoencoders.vae").VectorQuantizer
+    from diffusers.models.autoencoders.vae import VectorQuantizer as Theirs
     z = torch.randn(3, 8, 5, 4)
     own = VectorQuantizer(64, 8, beta=.25, ema=None, start="normal")
     for legacy in (False, True):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 import numpy as np
 import torch
-from .data import CourseError
+from .files import CourseError
 from .training import has_bf16, pick_device
 from .ema import train_arm
 from .metrics import at_most, evaluate, judge_for, reference
