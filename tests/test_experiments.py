@@ -9,7 +9,8 @@ from hypothesis import given, settings, strategies as st
 from scipy.stats import ttest_1samp, ttest_rel
 
 from t2i_course.core.conditioning import WordTokenizer
-from t2i_course.core.data import CourseError, load
+from t2i_course.core.files import CourseError
+from t2i_course.core.sources import load
 from t2i_course.core.experiments import (
     Arm, Verdict, best_precision, fit, paired_interval, per_seed, setting, verdict, verdicts)
 from t2i_course.core.metrics import judge_for
