@@ -1,5 +1,6 @@
 "Verdicts: SciPy's paired t test, known error rates, the cases without an interval; arms that share a seed."
 import math
+import re
 from functools import partial
 
 import numpy as np
@@ -7,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from scipy.stats import ttest_1samp, ttest_rel
+from tree import notebooks
 
 from t2i_course.core.conditioning import WordTokenizer
 from t2i_course.core.files import CourseError
 from t2i_course.core.sources import load
+
 from t2i_course.core.experiments import (
     Arm, Verdict, best_precision, fit, paired_interval, per_seed, setting, verdict, verdicts)
 from t2i_course.core.metrics import judge_for
@@ -174,6 +177,19 @@ def test_per_seed_walks_through_a_result_file():
     assert per_seed(found, "flat.{}") == [1., 2.]
     with pytest.raises(CourseError, match="there is no 'b', only a"): per_seed(found, "arms.b.{}.fd")
     with pytest.raises(CourseError, match="where the seeds stand"): per_seed(found, "arms.a.seed2.fd")
+
+
+# --- One function for all pages ---
+
+OWN_RULE = r"def verdict\(|within noise|twice the (larger|largest|seed)|seed spread"
+
+
+@pytest.mark.parametrize("page", notebooks(), ids=str)
+def test_no_page_has_a_rule_of_its_own(page):
+    "Conclusions come from `verdict`; the chapter that defines it shows another rule, to say what is wrong with it."
+    if page.path.stem == "07_experiments": return
+    texts = [cell.source for cell in page.cells] + ["".join(output.get("text", "")) for output in page.outputs]
+    assert not [found[0] for text in texts if (found := re.search(OWN_RULE, text))]
 
 
 # --- Arms ---
