@@ -17,7 +17,7 @@ from t2i_course.core.data import Draws, results_path
 from t2i_course.core.sources import load
 from t2i_course.diffusion import ddpm, samplers
 
-DRAWN = dict(guidance=1.), dict(guidance=3.), dict(candidates=3), dict(sample_steps=7), dict(guide_below=.5)
+DRAWN = dict(guidance=1.), dict(guidance=3.), dict(candidates=3), dict(steps=7), dict(guide_below=.5)
 
 
 def model_of(recipe, data="digits", scale="smoke", **change):
@@ -56,8 +56,8 @@ def test_guidance_is_paid_inside_its_interval():
         seen.clear()
         den.painter(tok, config | change)(["a handwritten two"], 0)
         return sum(seen)
-    painted = dict(sample_steps=16, guidance=2., guide_above=.2, guide_below=1.)
-    digits = dict(sample_steps=24, guidance=2.1, guide_above=.2, guide_below=.85)
+    painted = dict(steps=16, guidance=2., guide_above=.2, guide_below=1.)
+    digits = dict(steps=24, guidance=2.1, guide_above=.2, guide_below=.85)
     for change, calls in ((painted, 29), (digits, 40), (painted | dict(guidance=1.), 16), (painted | dict(guide_above=0.), 32)):
         assert counted(**change) == calls and den.calls(config | change) == calls
 
@@ -103,7 +103,7 @@ def test_published_calls_are_those_of_the_recipe(name, data):
         recipe, quick = row.get("recipe", "flow_matching"), row.get("guidance") == 1.6
         if (recipe, quick) not in known:
             full = settings(recipe, data, "demo", 5 if quick else None, None, 0, "fp32")
-            drawn = ("sample_steps", "guidance", "guide_above", "guide_below", "candidates")
+            drawn = ("steps", "guidance", "guide_above", "guide_below", "candidates")
             tok, model, config = model_of(recipe, data, **{k: full[k] for k in drawn if k in full})
             if recipe == "dalle": config |= {}
             known[recipe, quick] = model.calls(config)
@@ -124,7 +124,7 @@ def test_every_denoiser_answers_as_the_first_does():
 
 def test_learned_variance_paints():
     data = load("digits")
-    config = ddpm.recipe(1, data.words, data.size, "smoke") | dict(shape=list(data.shape), sample_steps=3)
+    config = ddpm.recipe_for(data, "smoke") | dict(steps=3)
     tok, den = samplers.build_learned(config)
     x = den.painter(tok, config)(["a handwritten two", ""], 0)
     assert x.shape == (2, 1, 16, 16) and x.isfinite().all() and den.calls(config) == 6

@@ -21,7 +21,7 @@ from t2i_course.scale.fsdp import held, parallelize
 from t2i_course.scale.recipes import Shards, numbers, prepare
 
 DIGITS = load("digits")
-CONFIG = ddpm.recipe(1, DIGITS.words, DIGITS.size, "smoke") | dict(shape=[1, 16, 16])
+CONFIG = ddpm.recipe_for(DIGITS, "smoke")
 
 
 def state_of(config=CONFIG, seed=0, **how):
