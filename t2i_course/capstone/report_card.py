@@ -38,8 +38,10 @@ def training_memory(
         most = max(most, (held+params(net.get_submodule(t.part)), held))
     for p,learns in was.items(): p.requires_grad_(learns)
     net.load_state_dict(state) # a loss may write into buffers (a codebook, a running mean)
-    weights = tensor_bytes(state.values())
-    out = dict(weights=weights, gradients=most[0]-most[1], optimizer=2*params(net), average=weights, activations=most[1])
+    average = tensor_bytes(state.values())
+    used = [*net.state_dict().values(), *model.artist.state_dict().values()] # a finished codec stays in memory, too
+    out = dict(weights=tensor_bytes(used), gradients=most[0]-most[1], optimizer=2*params(net), average=average,
+               activations=most[1])
     return out|dict(total=sum(out.values()))
 
 # %% ../../nbs/13_capstone/01_report_card.ipynb #4e05f8d4
