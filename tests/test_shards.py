@@ -9,6 +9,7 @@ from t2i_course.run.sample import sample_run
 from t2i_course.run.settings import settings
 from t2i_course.run.train import train_run
 from t2i_course.core.data import Draws
+from uses import built
 from t2i_course.core.files import CourseError
 from t2i_course.core.sources import load, origin
 from t2i_course.core.metrics import SEED
