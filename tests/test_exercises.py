@@ -48,8 +48,8 @@ def test_an_answer_without_thought_is_not_right(page):
 def test_a_neighbouring_method_is_rejected(page):
     chapter, found, names = page
     for number, name, source in NEIGHBOURS.get(chapter.address, ()):
-        exercise, own = found[number - 1], {}
-        exec(source, names, own)
+        exercise, own = found[number - 1], dict(names)
+        exec(source, own)
         said, why = verdict(exercise.check, own["answer"])
         assert said == "rejected" and why, f"{exercise.name}, {name}: {said} {why}"
 
