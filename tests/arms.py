@@ -1,5 +1,5 @@
 "The arms of a chapter's sweep, as the tests make them."
-from t2i_course.runs import twin
+from t2i_course.run.arms import twin
 
 
 def made(module, scale="smoke", seeds=(0,)):

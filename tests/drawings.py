@@ -162,7 +162,7 @@ def jumps(losses, window=50):
 
 def main(folder, images=None, *arms):
     "Write the folder; train on it with the closed form and without, and print what came out"
-    from t2i_course.core.data import load
+    from t2i_course.core.sources import load
     write(folder)
     for arm in (arms or ("closed", "without")) if images else ():
         r = trial(load(str(folder)), int(images), skip=arm == "closed")

@@ -11,15 +11,16 @@ import traceback
 from pathlib import Path
 
 import torch
-from t2i_course import cli
-from t2i_course.core.data import CourseError
-from t2i_course.runs import Stopped
+from t2i_course.run.settings import settings
+from t2i_course.run import train as command
+from t2i_course.core.files import CourseError
+from t2i_course.core.guards import Stopped
 from t2i_course.scale import fsdp
 
 
 def watched(found, stop=None):
-    "cli.follow, noting losses and the weights at the end; after `stop` steps the process gets a SIGTERM"
-    real = cli.follow
+    "run.train.follow, noting losses and the weights at the end; after `stop` steps the process gets a SIGTERM"
+    real = command.follow
     def follow(state, records, run, config, extra=None, every=20., *more):
         for i, record in enumerate(real(state, records, run, config, extra, 1e9, *more), 1):
             found["losses"].append(record.loss)
@@ -35,16 +36,16 @@ def watched(found, stop=None):
 
 def trial(recipe, out, data="digits", batches=4, extra=1, stop=None, resume=False, precision="fp32", **how):
     "One run of the command: full batches, and a last one of `extra` pictures"
-    found, real = dict(recipe=recipe, losses=[], norms=[]), cli.follow
-    config = cli.settings(recipe, data, "smoke", None, 1, 0, "fp32")
-    cli.follow = watched(found, stop)
+    found, real = dict(recipe=recipe, losses=[], norms=[]), command.follow
+    config = settings(recipe, data, "smoke", None, 1, 0, "fp32")
+    command.follow = watched(found, stop)
     try:
-        cli.train_run(recipe, data, scale="smoke", images=batches * config["batch"] + extra, out=out, resume=resume,
+        command.train_run(recipe, data, scale="smoke", images=batches * config["batch"] + extra, out=out, resume=resume,
                       precision=precision, quiet=True, **how)
     except Stopped: found["stopped"] = True
     except CourseError as e: found["refused"] = str(e)
     except Exception: found["crashed"] = traceback.format_exc()
-    finally: cli.follow = real
+    finally: command.follow = real
     return found
 
 

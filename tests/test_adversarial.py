@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from t2i_course.core.conditioning import cat
-from t2i_course.core.data import Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.core.ema import state_for
 from t2i_course.core.metrics import load_judge
 from t2i_course.core.training import feed, train

@@ -3,25 +3,38 @@ import json
 import re
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 
 import pytest
 import torch
-from t2i_course import cli
+from t2i_course.run.arms import make_arms, put, code_version, kept_arms, measured_numbers, twin, value_at
 from t2i_course.ar import dalle
-from t2i_course.cli import CHAPTERS, main, put, run_chapter
+from t2i_course.cli import main
+from t2i_course.run.chapter import run_chapter
+from t2i_course.run.register import CHAPTERS
 from t2i_course.codec import dvae, vae, vqvae
-from t2i_course.core.data import CourseError, load
+from t2i_course.core.files import CourseError
+from t2i_course.core.sources import load
 from t2i_course.diffusion import samplers
-from t2i_course.gan import adversarial, biggan, stylegan2, text_gan
-from t2i_course.runs import code_version, kept_arms, measured_numbers, twin, value_at
+from t2i_course.gan import adversarial, biggan, text_gan
+from t2i_course.sweeps.codec import dvae as dvae_sweep, vae as vae_sweep, vqvae as vqvae_sweep
+from t2i_course.sweeps.gan import (adversarial as adversarial_sweep, biggan as biggan_sweep, stylegan2 as stylegan2_sweep,
+                                   text_gan as text_gan_sweep)
+from t2i_course.sweeps.ar import dalle as dalle_sweep
+from t2i_course.sweeps.diffusion import samplers as sweep
 from tree import ROOT
 
-SWEEPS = [name for name, path in CHAPTERS.items() if hasattr(import_module(path), "experiments")]
+
+def chapter(name):
+    "The module with a chapter's sweep: at the chapter's address below sweeps, or the chapter itself."
+    path = CHAPTERS[name].replace("t2i_course.", "t2i_course.sweeps.", 1)
+    beside = find_spec(path.rpartition(".")[0]) and find_spec(path)
+    return import_module(path if beside else CHAPTERS[name])
+
+
+SWEEPS = [name for name in CHAPTERS if hasattr(chapter(name), "experiments")]
 RESULTS = sorted((ROOT / "results").glob("*.json"))
-NOT_YET = {"dalle": {f"arms.{a}.{s}" for a in ("early", "early_counted") for s in (0, 1)}}  # to be measured, see chapter 71
-
-
-def chapter(name): return import_module(CHAPTERS[name])
+NOT_YET = {"dalle": {f"arms.{a}.{s}" for a in ("early", "early_counted") for s in (0, 1)}}  # to be measured, see the DALL-E chapter
 
 
 @pytest.fixture
@@ -79,10 +92,10 @@ def value_keys(d, key):
 
 def test_each_key_is_made_from_its_own_arm(monkeypatch):
     "Asked for in the opposite order, when all loops are over."
-    monkeypatch.setattr(biggan, "fresh", lambda config, seed: (None, None))
-    monkeypatch.setattr(biggan, "watched", lambda config, data, images, looks, judge, n, seed, precision: (config["batch"], seed))
-    pairs = [(k, m) for k, m in biggan.experiments("smoke", (3, 4)) if k.startswith("batch")]
-    assert {k: m() for k, m in reversed(pairs)} == {f"batch.{b}.seed{s}": (b, s) for b in biggan.BATCHES for s in (3, 4)}
+    monkeypatch.setattr(biggan_sweep, "fresh", lambda config, seed: (None, None))
+    monkeypatch.setattr(biggan_sweep, "watched", lambda config, data, images, looks, judge, n, seed, precision: (config["batch"], seed))
+    pairs = [(k, m) for k, m in biggan_sweep.experiments("smoke", (3, 4)) if k.startswith("batch")]
+    assert {k: m() for k, m in reversed(pairs)} == {f"batch.{b}.seed{s}": (b, s) for b in biggan_sweep.BATCHES for s in (3, 4)}
 
 
 def arms_of(monkeypatch, module, **instead):
@@ -95,15 +108,16 @@ def test_late_binding_everywhere(monkeypatch):
     def trained(data, config, images, seed, precision, quantizer=None):
         seen.append((data.name, {k: config[k] for k in config if config[k] != base[k]}, seed, quantizer))
         raise StopIteration
-    for module, data, first in ((vqvae, "digits", "beta."), (vae, "painted", "losses."), (dvae, "digits", "arms.")):
+    for module, data, first in ((vqvae_sweep, "digits", "beta."), (vae_sweep, "painted", "losses."),
+                                (dvae_sweep, "digits", "arms.")):
         base, seen = module.recipe_for(load(data), "smoke"), []
-        pairs = arms_of(monkeypatch, module, fit=trained, **(dict(train_judge=None) if module is vae else {}))
+        pairs = arms_of(monkeypatch, module, fit=trained, **(dict(train_judge=None) if module is vae_sweep else {}))
         pairs = [(k, m) for k, m in pairs if k.startswith(first)]
         for _, make in reversed(pairs):
             with pytest.raises(StopIteration): make()
         assert len(seen) == len(pairs) == len({repr(s) for s in seen}), "two keys train the same arm"
         assert [s[2] for s in reversed(seen)] == [int(re.search(r"\d+$", k).group()) for k, _ in pairs]
-        if module is vqvae: assert [round(100 * s[1].get("beta", base["beta"])) for s in reversed(seen)] == [
+        if module is vqvae_sweep: assert [round(100 * s[1].get("beta", base["beta"])) for s in reversed(seen)] == [
             int(k.split(".")[1]) for k, _ in pairs]
 
 
@@ -128,30 +142,30 @@ HEAD = dict(chapter="x", command="t2i run x", date="2026-01-01", hardware="here"
 
 def test_finished_arms_are_kept_and_skipped(tmp_path, capsys):
     path, first, second = tmp_path / "x.json", Counted(), Counted()
-    cli.make_arms(first.pairs(), HEAD, path)
+    make_arms(first.pairs(), HEAD, path)
     assert first.calls == ["setting", "arms.a.seed0", "arms.b.seed0"] and "2 of 3 arms.a.seed0" in capsys.readouterr().err
     before = path.read_bytes()
-    cli.make_arms(second.pairs(), HEAD | dict(date="2027-01-01", command="t2i run 10_x"), path)
+    make_arms(second.pairs(), HEAD | dict(date="2027-01-01", command="t2i run 10_x"), path)
     assert second.calls == [] and path.read_bytes() == before and capsys.readouterr().err.count("kept") == 3
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), MemoryError()])
 def test_an_interrupt_leaves_what_is_finished(tmp_path, stop):
     path, first, second = tmp_path / "x.json", Counted({"arms.b.seed0": stop}), Counted()
-    with pytest.raises(type(stop)): cli.make_arms(first.pairs(), HEAD, path)
+    with pytest.raises(type(stop)): make_arms(first.pairs(), HEAD, path)
     assert "a" in json.loads(path.read_text())["arms"] and "b" not in json.loads(path.read_text())["arms"]
-    cli.make_arms(second.pairs(), HEAD, path)
+    make_arms(second.pairs(), HEAD, path)
     assert second.calls == ["arms.b.seed0"] and set(json.loads(path.read_text())["arms"]) == {"a", "b"}
 
 
 @pytest.mark.parametrize("change", [dict(code="2"), dict(scale="demo"), dict(seeds=[0, 1]), dict(hardware="there"), dict(versions=dict(torch="3"))])
 def test_a_file_never_mixes_two_codes_scales_or_machines(tmp_path, change, capsys):
     path, again = tmp_path / "x.json", Counted({"arms.b.seed0": KeyboardInterrupt()})
-    cli.make_arms(Counted().pairs(), HEAD, path)
+    make_arms(Counted().pairs(), HEAD, path)
     whole = path.read_bytes()
-    with pytest.raises(KeyboardInterrupt): cli.make_arms(Counted({"setting": KeyboardInterrupt()}).pairs(), HEAD | change, path)
+    with pytest.raises(KeyboardInterrupt): make_arms(Counted({"setting": KeyboardInterrupt()}).pairs(), HEAD | change, path)
     assert path.read_bytes() == whole, "nothing is lost before something is made"
-    with pytest.raises(KeyboardInterrupt): cli.make_arms(again.pairs(), HEAD | change, path)
+    with pytest.raises(KeyboardInterrupt): make_arms(again.pairs(), HEAD | change, path)
     found = json.loads(path.read_text())
     assert again.calls[0] == "setting" and "b" not in found["arms"] and {k: found[k] for k in change} == change
     assert "every arm is made" in capsys.readouterr().err
@@ -198,14 +212,14 @@ def test_run_chapter_goes_on(tmp_path, monkeypatch, capsys):
         def experiments(scale, seeds):
             for k in "ab": yield f"arm.{k}", lambda k=k: calls.append(k) or stop.get(k, dict(loss=ord(k) / 7))()
     stop = dict(a=lambda: dict(loss=.123456789), b=lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-    monkeypatch.setattr(cli, "module", lambda name, table=None: Sweep)
+    monkeypatch.setattr("t2i_course.run.chapter.module", lambda name, table=None: Sweep)
     run = ["run", "04_recipes", "--seeds", "1", "--out", str(path)]
     assert main(run) == 130 and calls == ["a"] + ["b"] and set(json.loads(path.read_text())["arm"]) == {"a"}
     stop["b"] = lambda: dict(loss=.2345678912)
     assert main(run) == 0 and calls == ["a", "b", "b"] and "1 of 2 arm.a: kept" in capsys.readouterr().err
     assert main(run) == 0 and calls == ["a", "b", "b"]
     assert main(run[:3] + ["2"] + run[4:]) == 0 and calls[3:] == ["a", "b"], "other seeds"
-    monkeypatch.setattr(cli, "code_version", lambda *m: "another")
+    monkeypatch.setattr("t2i_course.run.chapter.code_version", lambda *m: "another")
     run_chapter("recipes", (0, 1), out=path)
     assert calls[5:] == ["a", "b"] and json.loads(path.read_text())["code"] == "another"
 
@@ -215,10 +229,10 @@ def test_run_chapter_goes_on(tmp_path, monkeypatch, capsys):
 def test_identical_arms_are_refused(tmp_path, capsys):
     path, head, same = tmp_path / "x.json", HEAD | dict(scale="demo"), dict(loss=1.2345678901, images=100, train_seconds=3.25)
     twins = Counted({"arms.a.seed0": same, "arms.b.seed0": same | dict(images=10, train_seconds=7.125)})
-    with pytest.raises(CourseError, match="arms.b.seed0 and arms.a.seed0"): cli.make_arms(twins.pairs(), head, path)
+    with pytest.raises(CourseError, match="arms.b.seed0 and arms.a.seed0"): make_arms(twins.pairs(), head, path)
     assert set(json.loads(path.read_text())["arms"]) == {"a"}
-    cli.make_arms(twins.pairs(), head, path, equal=("arms",))
-    cli.make_arms(twins.pairs(), HEAD, path)
+    make_arms(twins.pairs(), head, path, equal=("arms",))
+    make_arms(twins.pairs(), HEAD, path)
     assert "in so short a run" in capsys.readouterr().err, "at smoke scale it is said"
 
 
@@ -260,21 +274,21 @@ def test_what_may_agree_is_a_short_list():
 def test_points_of_a_sweep_are_different_ones(scale):
     "Two numbers of calls can be the same number of Heun steps; at psi 1 it does not matter where w would be pulled."
     for sampler in samplers.SAMPLERS.values():
-        steps = [samplers.steps_for(sampler, n) for n in samplers.SWEEP[scale]["nfe"]]
+        steps = [samplers.steps_for(sampler, n) for n in sweep.SWEEP[scale]["nfe"]]
         assert len(set(steps)) == len(steps), steps
-    assert set(stylegan2.SWEEP[scale]["psi"]) - {1.}
+    assert set(stylegan2_sweep.SWEEP[scale]["psi"]) - {1.}
 
 
 def test_the_early_arms_are_early(monkeypatch):
     "They get their share of the pictures, and come out otherwise than the arms that are trained to the end."
-    images, arm = {}, dalle.fit_arm
+    images, arm = {}, dalle_sweep.fit_arm
 
     def watched(codec, tok, data, config, n, seed, precision):
         images[config["counts"], n] = True
         return arm(codec, tok, data, config, n, seed, precision)
-    monkeypatch.setattr(dalle, "fit_arm", watched)
-    monkeypatch.setitem(dalle.SWEEP, "smoke", dalle.SWEEP["smoke"] | dict(images=64, arm=320))
-    makers = dict(dalle.experiments("smoke", (0,)))
+    monkeypatch.setattr(dalle_sweep, "fit_arm", watched)
+    monkeypatch.setitem(dalle_sweep.SWEEP, "smoke", dalle_sweep.SWEEP["smoke"] | dict(images=64, arm=320))
+    makers = dict(dalle_sweep.experiments("smoke", (0,)))
     found = {k: makers[f"arms.{k}.0"]() for k in ("dense", "early", "counted", "early_counted")}
     assert set(images) == {(False, 320), (False, 32), (True, 320), (True, 32)}
     for late, early in (("dense", "early"), ("counted", "early_counted")):
@@ -292,10 +306,12 @@ class Watched(dict):
 
 
 CHANGES = [(m, d, k, c) for m, d, by in (
-    (vae, "painted", vae.ARMS), (vqvae, "painted", vqvae.GRIDS), (vqvae, "digits", vqvae.BOOKS), (vqvae, "digits", vqvae.THROUGH),
-    (dvae, "digits", dvae.ARMS), (dvae, "painted", {k: dict(kind=k) for k in dvae.KINDS}), (text_gan, "painted", text_gan.ARMS),
-    (biggan, "digits", biggan.ARMS), (adversarial, "digits", adversarial.KINDS), (adversarial, "digits", adversarial.PENALTIES),
-    (dalle, "painted", {k: c for k, (_, c) in dalle.ARMS.items()})) for k, c in by.items()]
+    (vae, "painted", vae_sweep.ARMS), (vqvae, "painted", vqvae_sweep.GRIDS), (vqvae, "digits", vqvae_sweep.BOOKS),
+    (vqvae, "digits", vqvae_sweep.THROUGH), (dvae, "digits", dvae_sweep.ARMS),
+    (dvae, "painted", {k: dict(kind=k) for k in dvae.KINDS}), (text_gan, "painted", text_gan_sweep.ARMS),
+    (biggan, "digits", biggan_sweep.ARMS), (adversarial, "digits", adversarial.KINDS),
+    (adversarial, "digits", adversarial_sweep.PENALTIES),
+    (dalle, "painted", {k: c for k, (_, c) in dalle_sweep.ARMS.items()})) for k, c in by.items()]
 
 
 @pytest.mark.parametrize("module,data,arm,change", CHANGES, ids=[f"{m.__name__.split('.')[-1]}-{k}" for m, _, k, _ in CHANGES])

@@ -3,8 +3,15 @@ import json
 
 import pytest
 import torch
-from t2i_course import bench, cli
-from t2i_course.core.data import CourseError, Draws, load
+from t2i_course import cli
+from t2i_course.bench.digits import time_to_bar
+from t2i_course.bench.meters import bare_cond, count, in_turns, multiply_adds
+from t2i_course.bench.peers import PEERS, TorchCFM, Unit2, draw_peer, train_peer
+from t2i_course.bench.ruler import Ruler
+from t2i_course.bench.twins import TWINS
+from t2i_course.core.data import Draws
+from t2i_course.core.files import CourseError
+from t2i_course.core.sources import load
 from t2i_course.core.metrics import broken_strokes
 from t2i_course.core.training import has_bf16
 from t2i_course.diffusion.ddpm import UNet
@@ -32,7 +39,7 @@ def test_real_digits_are_whole():
 
 
 @pytest.fixture(scope="module")
-def ruler(): return bench.Ruler(load("digits"), 100)
+def ruler(): return Ruler(load("digits"), 100)
 
 
 def test_ruler(ruler):
@@ -50,18 +57,18 @@ def test_ruler(ruler):
     assert 0 < ruler.floor < 5 and ruler.about()["accuracy_real"] > .97
 
 
-@pytest.mark.parametrize("name", bench.PEERS)
+@pytest.mark.parametrize("name", PEERS)
 def test_twins_are_as_large_as_the_published_networks(name):
     if name == "torchcfm": pytest.importorskip("torchcfm", exc_type=ImportError)
-    peer, net, one = bench.PEERS[name](), UNet(1, 96, d_emb=128, **bench.TWINS[name]), torch.zeros(1, 1, 28, 28)
+    peer, net, one = PEERS[name](), UNet(1, 96, d_emb=128, **TWINS[name]), torch.zeros(1, 1, 28, 28)
     with torch.no_grad():
-        theirs = bench.multiply_adds(lambda: peer.loss(one, torch.zeros(1, dtype=torch.int64)))
-        ours = bench.multiply_adds(lambda: net(one, torch.zeros(1), bench.bare_cond(1)))
-    assert abs(bench.count(net) / bench.count(peer.net) - 1) < .1 and abs(ours / theirs - 1) < .1
+        theirs = multiply_adds(lambda: peer.loss(one, torch.zeros(1, dtype=torch.int64)))
+        ours = multiply_adds(lambda: net(one, torch.zeros(1), bare_cond(1)))
+    assert abs(count(net) / count(peer.net) - 1) < .1 and abs(ours / theirs - 1) < .1
 
 
 def test_peer_learns_and_draws():
-    data, peer = load("digits"), bench.Unit2()
+    data, peer = load("digits"), Unit2()
 
     class Large:  # 28 x 28, as the published recipe wants
         attribute, shape, demands = data.attribute, (1, 28, 28), staticmethod(data.demands)
@@ -69,16 +76,16 @@ def test_peer_learns_and_draws():
         def batch(self, split, draws):
             b = data.batch(split, draws)
             return b._replace(x=torch.nn.functional.interpolate(b.x, 28))
-    took = bench.train_peer(peer, Large(), .1)
+    took = train_peer(peer, Large(), .1)
     assert took["steps"] >= 1 and took["images"] == 128 * took["steps"] and took["train_seconds"] >= .1
     peer.draw = lambda y, x, draw=peer.draw: x + y[:, None, None, None]  # the 50 steps take seconds
-    x = bench.draw_peer(peer, Large(), list(data.sayings[:3]), 0)
+    x = draw_peer(peer, Large(), list(data.sayings[:3]), 0)
     assert x.shape == (3, 1, 28, 28) and (x[2] - x[0]).mean() > 1
 
 
 def test_multiply_adds_of_a_convolution():
     conv = torch.nn.Conv2d(3, 5, 3, padding=1)
-    assert bench.multiply_adds(lambda: conv(torch.zeros(2, 3, 8, 8))) == 2 * 64 * 5 * 3 * 9
+    assert multiply_adds(lambda: conv(torch.zeros(2, 3, 8, 8))) == 2 * 64 * 5 * 3 * 9
 
 
 def rows(*pairs): return dict(rows=[dict(accuracy=a, fd_floors=f) for a, f in pairs])
@@ -86,21 +93,21 @@ def rows(*pairs): return dict(rows=[dict(accuracy=a, fd_floors=f) for a, f in pa
 
 def test_time_to_bar():
     arm = {"5": rows((.99, 5.)), "15": rows((.97, 3.), (1., 4.)), "60": rows((.99, 1.))}
-    assert bench.time_to_bar(arm) == dict(reached=15., missed=5.)
-    assert bench.time_to_bar({"60": rows((.99, 1.))}) == dict(reached=60., missed=None)
-    assert bench.time_to_bar({"5": rows((.9, 1.)), "15": rows((.99, 9.))}) == dict(reached="not reached", longest=15.)
+    assert time_to_bar(arm) == dict(reached=15., missed=5.)
+    assert time_to_bar({"60": rows((.99, 1.))}) == dict(reached=60., missed=None)
+    assert time_to_bar({"5": rows((.9, 1.)), "15": rows((.99, 9.))}) == dict(reached="not reached", longest=15.)
 
 
 def test_in_turns_interleaves():
     order = []
-    took = bench.in_turns(dict(a=lambda: order.append("a"), b=lambda: order.append("b")), 3)
+    took = in_turns(dict(a=lambda: order.append("a"), b=lambda: order.append("b")), 3)
     assert order == list("abababab") and len(took["a"]) == 3
 
 
 def test_command_keeps_what_is_done(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "load", lambda name: load("digits"))
-    monkeypatch.setattr(bench, "roofline", lambda config, data, rounds: dict(stub=config["batch"]))
+    monkeypatch.setattr("t2i_course.bench.digits.load", lambda name: load("digits"))
+    monkeypatch.setattr("t2i_course.bench.digits.roofline", lambda config, data, rounds: dict(stub=config["batch"]))
     args = ["bench", "digits", "--seconds", "1", "--seeds", "1", "--peers", "--out", "b.json"]
     assert cli.main(args) == 0
     first = json.loads((tmp_path / "b.json").read_text())
@@ -119,14 +126,14 @@ def test_recipe_for_follows_data_and_time():
 
 def test_torchcfm_missing_says_what_to_do(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchcfm.models.unet", None)
-    with pytest.raises(CourseError, match="pip install torchcfm"): bench.TorchCFM()
+    with pytest.raises(CourseError, match="pip install torchcfm"): TorchCFM()
 
 
 @pytest.mark.parametrize("units", [True, False], ids=["bf16 units", "none"])
 def test_speed_compares_the_same_work(tmp_path, monkeypatch, capsys, units):
     "The same command on both kinds of machine: where there are no units, bfloat16 is left out with a sentence."
     if units and not has_bf16(): pytest.skip("no bfloat16 units: the sizes of this bench would be emulated")
-    monkeypatch.setattr(bench, "has_bf16", lambda device="cpu": units)
+    monkeypatch.setattr("t2i_course.bench.meters.has_bf16", lambda device="cpu": units)
     monkeypatch.setenv("T2I_SCALE", "smoke")
     assert cli.main(["bench", "speed", "--out", str(tmp_path / "speed.json")]) == 0
     res = json.loads((tmp_path / "speed.json").read_text())

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from t2i_course.core.conditioning import raw_cond
-from t2i_course.core.data import Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.core.ema import state_for
 from t2i_course.core.training import feed, train
 from t2i_course.gan.adversarial import hinge_d, hinge_g

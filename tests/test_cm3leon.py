@@ -4,7 +4,8 @@ import torch
 from t2i_course.ar import cm3leon
 from t2i_course.ar.cm3leon import DRAW, READ, RECOLOUR, Layout, Recoloured, answer, overlap, unseen_pairs
 from t2i_course.core.conditioning import PAD
-from t2i_course.core.data import HELD_OUT, Draws, load
+from t2i_course.core.data import HELD_OUT, Draws
+from t2i_course.core.sources import load
 
 
 @pytest.fixture(scope="module")

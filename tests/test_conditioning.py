@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from t2i_course.core.conditioning import (PAD, START, UNKNOWN, Block, Cond, Conditioned, LabelEmbedder,
-                                          TextEncoder, WordBag, WordTokenizer, cat, raw_cond)
-from t2i_course.core.data import Draws, load
+                                          TextEncoder, WordBag, WordTokenizer, attend, caption_encoder, cat, raw_cond)
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 
 WORDS = load('painted').words
 
@@ -21,7 +22,7 @@ def encoders(tok):
     return WordBag(len(tok), 16), TextEncoder(len(tok), tok.max_len, 16, 2, 4)
 
 
-def fields(c): return c.seq, c.pooled, c.mask, c.ids
+def fields(c): return c.seq, c.pooled, c.mask, c.ids, c.numbers, c.image
 
 
 # --- tokens ---
@@ -84,21 +85,59 @@ def test_any_text_gives_tokens(captions):
 
 # --- dropping ---
 
-def full(b=6, l=4, d=3):
+def full(b=6, l=4, d=3, n=0, c=0):
     g = torch.Generator().manual_seed(0)
+    more = dict(numbers=torch.randn(b, n, generator=g)) if n else {}
+    if c: more |= dict(image=torch.randn(b, c, 5, 5, generator=g))
     return Cond(torch.randn(b, l, d, generator=g), torch.randn(b, d, generator=g),
-                torch.rand(b, l, generator=g) < .5, torch.randint(9, (b, l), generator=g))
+                torch.rand(b, l, generator=g) < .5, torch.randint(9, (b, l), generator=g), **more)
 
 
-def test_drop_takes_all_four_fields_sample_by_sample():
-    c, null = full(), Cond(torch.full((1, 4, 3), 7.), torch.full((1, 3), 8.),
-                           torch.tensor([[True, False, False, False]]), torch.full((1, 4), 5))
+def nothing(n=0, c=0):
+    more = dict(numbers=torch.full((1, n), 9.)) if n else {}
+    if c: more |= dict(image=torch.full((1, c, 5, 5), 3.))
+    return Cond(torch.full((1, 4, 3), 7.), torch.full((1, 3), 8.), torch.tensor([[True, False, False, False]]),
+                torch.full((1, 4), 5), **more)
+
+
+with_more = pytest.mark.parametrize('n, c', [(0, 0), (2, 0), (0, 3), (2, 1)])
+
+
+@with_more
+def test_drop_takes_all_fields_sample_by_sample(n, c):
+    c, null = full(n=n, c=c), nothing(n, c)
     keep = torch.tensor([True, False, True, True, False, False])
     for was, now, put in zip(fields(c), fields(c.drop(keep, null)), fields(null)):
         assert torch.equal(now[keep], was[keep])
         assert torch.equal(now[~keep], put.expand_as(was)[~keep])
         assert now.dtype == was.dtype
     assert all(torch.equal(a, b) for a, b in zip(fields(c.drop(torch.ones(6, dtype=torch.bool), null)), fields(c)))
+
+
+def test_a_null_without_the_picture_is_not_taken_for_one():
+    "A model that follows a picture needs a null that has one: what it is not told may not stay by mistake"
+    with pytest.raises(RuntimeError): full(c=3).drop(torch.zeros(6, dtype=torch.bool), nothing())
+
+
+def test_what_is_left_out_has_width_0(tok):
+    for c in (full(), tok(['a red seven']), nothing()):
+        assert c.numbers.shape == (len(c), 0) and c.image.shape == (len(c), 0, 1, 1)
+        assert c.numbers.dtype == c.image.dtype == torch.float32
+
+
+@with_more
+def test_expand_repeats_one_condition(n, c):
+    null = nothing(n, c)
+    for one, many in zip(fields(null), fields(null.expand(5))):
+        assert many.shape == (5, *one.shape[1:]) and all(torch.equal(row, one[0]) for row in many)
+
+
+def test_encoders_hand_numbers_and_picture_on(tok):
+    c = tok(['a red seven', ''])
+    c.numbers, c.image = torch.ones(2, 3), torch.ones(2, 1, 4, 4)
+    for enc in (*encoders(tok), LabelEmbedder(20, 4)):
+        out = enc(c)
+        assert out.numbers is c.numbers and out.image is c.image
 
 
 def test_dropped_tokens_encode_as_the_empty_caption(tok):
@@ -109,11 +148,14 @@ def test_dropped_tokens_encode_as_the_empty_caption(tok):
         assert torch.allclose(got.pooled[1], kept.pooled[1], atol=1e-6)
 
 
-def test_cat_index_map():
-    c = full()
+@with_more
+def test_cat_index_map(n, c):
+    c = full(n=n, c=c)
     two = cat(c, c[:2])
     assert len(two) == 8 and all(torch.equal(a, b) for a, b in zip(fields(two[6:]), fields(c[:2])))
     assert c.to('cpu').seq.device.type == 'cpu' and c[torch.tensor([3, 1])].ids.shape == (2, 4)
+    assert all(torch.equal(a, b) for a, b in zip(fields(c.map(torch.clone)), fields(c)))
+    if torch.cuda.is_available(): assert all(v.device.type == 'cuda' for v in fields(c.to('cuda')))
 
 
 # --- encoders ---
@@ -122,8 +164,19 @@ def test_attention_is_softmax_of_products():
     q, k, v = torch.randn(2, 4, 9, 16), torch.randn(2, 4, 7, 16), torch.randn(2, 4, 7, 16)
     mask = torch.rand(2, 1, 1, 7) < .6
     mask[..., 0] = True
-    scores = (q@k.transpose(-2, -1)/16**.5).masked_fill(~mask, -torch.inf)
-    torch.testing.assert_close(scores.softmax(-1)@v, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    heard, weights = attend(q, k, v, mask)
+    torch.testing.assert_close(heard, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    torch.testing.assert_close(attend(q, k, v)[0], F.scaled_dot_product_attention(q, k, v))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 9))
+    assert (weights.masked_select(~mask.expand_as(weights)) == 0).all()
+    assert attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('n_layers, kind', [(0, WordBag), (1, TextEncoder), (2, TextEncoder)])
+def test_caption_encoder_has_as_many_blocks_as_asked_for(tok, n_layers, kind):
+    enc = caption_encoder(tok, 8, n_layers)
+    assert type(enc) is kind and enc(tok(['a red seven'])).pooled.shape == (1, 8)
+    assert sum(isinstance(m, Block) for m in enc.modules()) == n_layers
 
 
 def test_block_equals_torch():

@@ -3,14 +3,15 @@ import math
 
 import pytest
 import torch
-from t2i_course.ar import dalle
 from t2i_course.ar.dalle import (Cache, CausalBlock, Counts, Decoder, Palette, Prior, Scorer, Transformer, attend, best_of, build, causal,
                                  column_attend, column_mask, conv_mask, dalle_masks, nll, own_colours, recipe_for, row_mask,
                                  sample_codes, tally)
 from t2i_course.core.conditioning import WordTokenizer
-from t2i_course.core.data import Draws, Painted, load
+from t2i_course.core.data import Draws, Painted
+from t2i_course.core.sources import load
 from t2i_course.core.ema import state_for
 from t2i_course.core.training import State, feed, train
+from t2i_course.sweeps.ar import dalle as sweep
 
 CAPTIONS = ["a bold red seven on white", "a thin blue three leaning right on pink", "", "a green digit"]
 
@@ -273,4 +274,4 @@ def test_learns_and_draws(name):
 
 
 def test_experiments_cover_the_rows():
-    assert {"dense", "sparse", "even", "silent", "counted", "early", "early_counted"} == dalle.ARMS.keys()
+    assert {"dense", "sparse", "even", "silent", "counted", "early", "early_counted"} == sweep.ARMS.keys()

@@ -11,10 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from t2i_course.core.data import (DATA, HELD_OUT, INKS, LEANS, NUMBERS, PAPERS, WEIGHTS, CourseError, Draws, dial,
-                                  glyph_split, glyphs, in_epochs,
-                                  load, mix, results, scale, split_words)
-from t2i_course.sources import Folder, data_root
+from t2i_course.core.data import (HELD_OUT, INKS, LEANS, NUMBERS, PAPERS, WEIGHTS, Draws, dial, glyph_split,
+                                  glyphs, in_epochs, mix, results, scale, split_words)
+from t2i_course.core.files import CourseError
+from t2i_course.core.sources import DATA, load
+from t2i_course.core.downloads import data_root
+from t2i_course.core.folders import Folder
 
 EMBEDDED = ('digits', 'painted', 'painted2')
 every_set = pytest.mark.parametrize('name', EMBEDDED)
@@ -289,7 +291,7 @@ def test_damaged_mnist_is_a_sentence(small_mnist):
                                                                'a cat'), ('cifar10', 'airplane', 'an airplane')])
 def test_article_and_label(name, label, caption):
     from t2i_course.core.data import Labelled
-    from t2i_course.sources import SETS, Vision, _bare
+    from t2i_course.core.downloads import SETS, Vision, _bare
     data = Vision.__new__(Vision)
     *_, data.attribute, data.sayings, data.anything = SETS[name]
     data.names = tuple(map(_bare, data.sayings))
@@ -468,7 +470,7 @@ def test_results(tmp_path, monkeypatch):
 
 
 def test_loading_embedded_data_imports_no_torchvision():
-    code = ("import sys; from t2i_course.core.data import load; load('painted'); load('digits'); "
+    code = ("import sys; from t2i_course.core.sources import load; load('painted'); load('digits'); "
             "print('torchvision' in sys.modules)")
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
                           check=True).stdout.strip() == 'False'

@@ -4,28 +4,30 @@ import json
 import pytest
 import torch
 
-from t2i_course import cli
+from t2i_course.run.demo import clock_text, judged
+from t2i_course.run.demo import demo as make
+from t2i_course.run.measure import margin, row_text
 from t2i_course.core.conditioning import drawn_from
 
 
 def test_it_says_which_clock_ended_the_training():
-    assert cli.clock_text(dict(images=40_000, seconds=33.), 40_000, 150).endswith("all that were planned.")
-    said = cli.clock_text(dict(images=24_000, seconds=150.4), 40_000, 150)
+    assert clock_text(dict(images=40_000, seconds=33.), 40_000, 150).endswith("all that were planned.")
+    said = clock_text(dict(images=24_000, seconds=150.4), 40_000, 150)
     assert "24,000 pictures in 150 s, 160 a second" in said and "time limit of 150 s" in said and "40,000" in said
 
 
 @pytest.mark.parametrize("each, n", [(.005, 1000), (.04, 600), (.08, 300), (1., 200)])
 def test_a_slow_machine_measures_with_fewer_drawings(each, n):
-    assert cli.judged(each, 1000) == n
+    assert judged(each, 1000) == n
 
 
-def test_a_test_run_measures_as_it_is_told(): assert cli.judged(9., 64) == 64
+def test_a_test_run_measures_as_it_is_told(): assert judged(9., 64) == 64
 
 
 def test_the_margin_is_wilsons():
     "R's binom package: 92 of 100 has the 95% interval 0.8500 to 0.9589."
-    assert cli.margin(.92, 100) == pytest.approx((.9589 - .8500) / 2, abs=1e-4)
-    assert 0 < cli.margin(1., 100) < .02 < cli.margin(1., 60) # not empty where all succeed
+    assert margin(.92, 100) == pytest.approx((.9589 - .8500) / 2, abs=1e-4)
+    assert 0 < margin(1., 100) < .02 < margin(1., 60) # not empty where all succeed
 
 
 def test_drawing_tells_how_far_it_is():
@@ -40,7 +42,7 @@ def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")/"run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("T2I_SCALE", "smoke")
-        row = cli.demo(out=out, images=256)
+        row = make(out=out, images=256)
     return out, row
 
 
@@ -53,4 +55,4 @@ def test_demo_leaves_pictures_numbers_and_model(demo):
 
 def test_its_margin_is_printed(demo):
     o = demo[1]["obedience"]
-    assert f"{100*o['all']:.1f}% +- {100*cli.margin(o['all'], o['n']):.1f} ({o['n']} captions)" in cli.row_text(demo[1])
+    assert f"{100*o['all']:.1f}% +- {100*margin(o['all'], o['n']):.1f} ({o['n']} captions)" in row_text(demo[1])

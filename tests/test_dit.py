@@ -7,13 +7,16 @@ import torch.nn.functional as F
 
 from arms import made
 from t2i_course.core.conditioning import Cond, raw_cond
-from t2i_course.core.data import CourseError, Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.files import CourseError
+from t2i_course.core.sources import load
 from t2i_course.core.ema import state_for
 from t2i_course.core.training import feed, train
 from t2i_course.diffusion.preconditioning import fit_skip
-from t2i_course.transformer import dit
+from t2i_course.sweeps.transformer import dit as sweep
+from t2i_course.sweeps.transformer.dit import build_unet
 from t2i_course.transformer.dit import (
-    DiT, WAYS, ZeroBlock, attend, build, build_unet, counted_macs, from_diffusers, macs, n_params, patchify,
+    DiT, WAYS, ZeroBlock, attend, build, counted_macs, from_diffusers, macs, n_params, patchify,
     positions, published, recipe_for, time_waves, to_diffusers, unpatchify)
 
 PAPER = dict(S=(32.96, 6.06), B=(130.51, 23.01), L=(458.10, 80.70), XL=(675.13, 118.62)) # million, billion
@@ -149,7 +152,7 @@ def test_there_and_back(reference):
 def test_blocks_with_embedders_of_their_own_are_refused(reference):
     theirs = {k: w.clone() for k, w in reference.state_dict().items()}
     theirs["transformer_blocks.2.norm1.emb.class_embedder.embedding_table.weight"][0, 0] += 1
-    with pytest.raises(CourseError, match="share one embedder"): from_diffusers(reference.config, theirs)
+    with pytest.raises(CourseError, match="share an embedder"): from_diffusers(reference.config, theirs)
 
 
 # ---- the start ----
@@ -288,7 +291,7 @@ def test_the_unet_takes_the_same_place():
 
 
 def test_sweep_has_every_row(monkeypatch):
-    rows = made(dit)
+    rows = made(sweep)
     assert {"setting", "study.S.4.seed0", "study.S.2.seed0", "study.S.8.seed0", "ways.adaln.seed0", "ways.cross.seed0",
             "ways.tokens.seed0"} <= rows.keys()
     for start in ("plain", "skip"):

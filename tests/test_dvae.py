@@ -7,9 +7,11 @@ import torch.nn.functional as F
 
 from t2i_course.codec import dvae
 from t2i_course.codec.dvae import DVAE, UnitQuantizer, ViTVQ, annealed, gumbel, kl_to_uniform, relaxed
-from t2i_course.core.data import Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.core.ema import EMA
 from t2i_course.core.training import State, feed, train
+from t2i_course.sweeps.codec import dvae as dvae_sweep
 
 
 @pytest.fixture(autouse=True)
@@ -184,7 +186,7 @@ def test_training_resumes_exactly(kind):
 
 def test_learns_and_codes_carry_the_picture():
     data, x = load("digits"), load("digits").batch("test", draws_of(64, seed=3)).x
-    model = dvae.fit(data, dvae.recipe_for(data, "smoke"), 2000)[1]
+    model = dvae_sweep.fit(data, dvae.recipe_for(data, "smoke"), 2000)[1]
     seen = dvae.inspect(model.codec, x)
     with torch.no_grad():
         wrong = (model.codec(x)[0].roll(1, 0)-x).square().mean().item()

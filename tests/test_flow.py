@@ -10,6 +10,7 @@ from t2i_course.diffusion.ddpm import VP, Coefs, linear_betas, sample, solve, st
 from t2i_course.diffusion.preconditioning import CaptionGaussian, wiener
 from t2i_course.flow import flow_matching
 from t2i_course.flow.flow_matching import LinearPath, logit_normal
+from t2i_course.sweeps.flow.flow_matching import Unframed
 
 PROCESSES = [LinearPath(), VP(linear_betas())]
 CAPTIONS = ["a bold red seven on white", "a thin blue three leaning right on pink", "", "a green digit"]
@@ -188,7 +189,7 @@ def test_a_recipe_builds_the_same_model_again():
 def test_unframed_skip_is_the_same_denoiser_turned_back(world):
     skip = fitted(world, LinearPath())
     x_t, t, cond = torch.randn(4, 3, 8, 8), torch.rand(4), world[0](CAPTIONS)
-    framed, plain = skip(x_t, t, cond), flow_matching.Unframed(skip)(x_t, t, cond)
+    framed, plain = skip(x_t, t, cond), Unframed(skip)(x_t, t, cond)
     back = torch.einsum("bij,bihw->bjhw", framed.frame, plain.inputs[:, :3])
     assert torch.allclose(back, framed.inputs[:, :3], atol=1e-5)
     assert torch.equal(plain.x0_hat, framed.x0_hat)

@@ -15,10 +15,19 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image, features
 
-from t2i_course import cli, folders
+from t2i_course import cli
+from t2i_course.run.data import open_data
+from t2i_course.run.measure import eval_run
+from t2i_course.run.register import module
+from t2i_course.core.training import feed
+from t2i_course.run.settings import settings as settings_of
+from t2i_course.run.train import train_run
+from t2i_course.core import piles
 from t2i_course.core.conditioning import WordTokenizer
-from t2i_course.core.data import DATA, CourseError, Draws, is_path, load, split_words
-from t2i_course.sources import Folder
+from t2i_course.core.data import Draws, split_words
+from t2i_course.core.files import CourseError
+from t2i_course.core.sources import DATA, is_path, load
+from t2i_course.core.folders import Folder
 
 COLORS = ((230, 26, 26), (26, 179, 51), (38, 77, 242), (242, 217, 26), (153, 38, 191), (255, 128, 13))
 
@@ -126,7 +135,7 @@ def test_the_name_is_stored(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     captioned(tmp_path/'digits')
     captioned(tmp_path/'mine')
-    def config(data): return cli.settings('ddpm', data, 'smoke', None, 64, 0, 'fp32')
+    def config(data): return settings_of('ddpm', data, 'smoke', None, 64, 0, 'fp32')
     assert config('digits')['data'] == 'digits' and config('digits')['shape'] == [1, 16, 16] and config('digits')['size'] is None
     assert config('./digits')['data'] == str(tmp_path/'digits') and config('./mine/')['data'] == str(tmp_path/'mine')
 
@@ -167,7 +176,7 @@ def test_links_in_circles(links):
     (mine/'b').symlink_to(links/'other')
     (links/'other/back').symlink_to(mine/'zebra')
     (links/'other/loop').symlink_to('loop')
-    pile = folders.Pile(mine)
+    pile = piles.Pile(mine)
     assert len(pile.captioned()) == 10 and 'zebra/00.png' in pile.names and 'b/00.png' in pile.names
 
 
@@ -261,7 +270,7 @@ def test_where_lists_and_pictures_lie(tmp_path, place, said):
     for i in range(4): draw(tmp_path/f'train/{i}.png')
     listed(tmp_path/place, [dict(file_name=said.format(i), text=f'number {i}') for i in range(4)])
     data = load(tmp_path)
-    assert len(texts(data)) == 4 and all(name == f'train/{i}.png' for i, (name, _) in enumerate(folders.Pile(tmp_path).captioned()))
+    assert len(texts(data)) == 4 and all(name == f'train/{i}.png' for i, (name, _) in enumerate(piles.Pile(tmp_path).captioned()))
 
 
 def test_a_list_does_not_take_another_picture(tmp_path, capsys):
@@ -286,7 +295,7 @@ def test_whole_paths_into_the_folder(links, capsys):
     (links/'mine/more').symlink_to(links/'store')
     (links/'way').symlink_to(links/'mine')
     listed(links/'mine', [dict(file_name=str(links/f), text=f) for f in ('mine/0.png', 'way/0.png', 'mine/more/00.png', 'store/01.png')])
-    pile = folders.Pile(links/'mine')
+    pile = piles.Pile(links/'mine')
     assert dict(pile.captioned()) == {'0.png': ['mine/0.png', 'way/0.png'], 'more/00.png': ['mine/more/00.png'],
                                       'more/01.png': ['a square number 1'], str(links/'store/01.png'): ['store/01.png']}
 
@@ -429,7 +438,7 @@ def test_a_locale_that_is_not_utf8(tmp_path):
     captioned(tmp_path, 4, 'grün und größer {}')
     for n in ('Müller', '빨강'): draw(tmp_path/f'{n}.png')
     listed(tmp_path, [dict(file_name=f'{n}.png', text=f'für {n}') for n in ('Müller', '빨강')])
-    code = ("import sys, locale; from t2i_course.core.data import load; d = load(sys.argv[1]); "
+    code = ("import sys, locale; from t2i_course.core.sources import load; d = load(sys.argv[1]); "
             "print(ascii([sorted(d.words), d.fingerprint])); print(locale.getpreferredencoding(False), file=sys.stderr)")
     env = os.environ | dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', PYTHONIOENCODING='ascii')
     run = subprocess.run([sys.executable, '-c', code, str(tmp_path)], env=env, capture_output=True, text=True)
@@ -533,7 +542,7 @@ def test_size_is_for_folders(tmp_path, capsys):
     captioned(tmp_path/'mine')
     assert cli.main(['prepare', str(tmp_path/'mine'), '--images', '4', '--size', '16', '--out', str(tmp_path/'shards'), '--quiet']) == 0
     assert 'resized to 16 x 16; --size changes it' in capsys.readouterr().err
-    shards = cli.open_data(str(tmp_path/'shards'))
+    shards = open_data(str(tmp_path/'shards'))
     assert shards.shape == (3, 16, 16) == shards.origin().shape and shards.batch('test', Draws(0, torch.arange(2))).x.shape[-1] == 16
     assert 'give --size to t2i prepare' in refused(capsys, 'train', 'ddpm', '--data', tmp_path/'shards', '--size', 16, '--out', tmp_path/'r')
 
@@ -548,7 +557,7 @@ def test_a_run_keeps_its_size(tmp_path, capsys):
     assert config['size'] == 16 and config['shape'] == [3, 16, 16] and config['fingerprint'] == Folder(mine, 16).fingerprint
     assert cli.main(['sample', str(run), '--prompt', 'a square', '--out', str(tmp_path/'a.npz')]) == 0
     assert np.load(tmp_path/'a.npz')['images'].shape == (1, 16, 16, 3)
-    assert cli.eval_run(run, n=8, quiet=True)['images'] == 64
+    assert eval_run(run, n=8, quiet=True)['images'] == 64
     assert cli.main(['train', '--resume', '--out', str(run), '--quiet']) == 0
     assert cli.main(['data', str(mine), '--size', '24', '--n', '3', '--out', str(tmp_path/'b.npz')]) == 0
     assert np.load(tmp_path/'b.npz')['images'].shape == (3, 24, 24, 3)
@@ -558,13 +567,13 @@ def test_a_run_keeps_its_size(tmp_path, capsys):
 def test_large_pictures_go_without_the_closed_form(tmp_path, recipe, capsys):
     "Its fit takes 0.4 seconds of a core at 32 pixels a side and 4 at 48; at 96 it would take minutes and a table of 340 MB"
     mine = captioned(tmp_path/'mine', 12)
-    def config(size): return cli.settings(recipe, str(mine), 'smoke', None, 64, 0, 'fp32', size=size)
+    def config(size): return settings_of(recipe, str(mine), 'smoke', None, 64, 0, 'fp32', size=size)
     assert config(64)['skip'] and 'too large' not in capsys.readouterr().err
     large = config(96)
     assert not large['skip'] and 'pictures of 96 x 96 are too large for the closed-form head start' in capsys.readouterr().err
-    tok, den = cli.module(recipe).build(large)
+    tok, den = module(recipe).build(large)
     draws = Draws(0, torch.arange(2))
-    x, cond = cli.feed(load(mine, 96), tok)(draws)
+    x, cond = feed(load(mine, 96), tok)(draws)
     loss = den.loss(x, cond, draws)
     assert getattr(den, 'skip', None) is None and loss.isfinite().all()
 
@@ -654,14 +663,14 @@ def test_a_tar_file_writes_nowhere_else(tmp_path):
 
 def test_two_pictures_can_be_trained_on(tmp_path):
     captioned(tmp_path/'two', 2)
-    out = cli.train_run('flow_matching', str(tmp_path/'two'), scale='smoke', images=32, out=tmp_path/'run', quiet=True)
+    out = train_run('flow_matching', str(tmp_path/'two'), scale='smoke', images=32, out=tmp_path/'run', quiet=True)
     assert (out/'model.safetensors').exists()
 
 
 def test_a_new_run_reads_its_folder_once(tmp_path, capsys):
     captioned(tmp_path/'some')
     (tmp_path/'some'/'broken.png').write_bytes(b'no picture')
-    cli.train_run('ddpm', str(tmp_path/'some'), scale='smoke', images=32, out=tmp_path/'run', quiet=True)
+    train_run('ddpm', str(tmp_path/'some'), scale='smoke', images=32, out=tmp_path/'run', quiet=True)
     assert capsys.readouterr().err.count('skipped 1 ') == 1
 
 

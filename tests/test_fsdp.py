@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from t2i_course import cli
-from t2i_course.core.data import CourseError
+from t2i_course.run.model import Model
+from t2i_course.run.train import train_run
+from t2i_course.core.files import CourseError, load_tensors
 from t2i_course.core.training import ALONE
 from t2i_course.diffusion.ddpm import UNet
-from t2i_course.runs import load_tensors
 from t2i_course.scale import fsdp
 
 STEPS = 8 # of a run, where nothing else is said
@@ -117,7 +118,8 @@ def test_a_checkpoint_without_its_last_file_is_not_one(folder, two, tmp_path):
     (tmp_path / "checkpoint-99").mkdir()
     assert fsdp.checkpoints(tmp_path) == []
     state = SimpleNamespace(net=torch.nn.Linear(2, 2), ema=None, opts={})
-    with pytest.raises(CourseError, match="belongs to another run"): fsdp.load_sharded(state, folder / "stopped", dict(config="other"))
+    with pytest.raises(CourseError, match="belongs to another run"):
+        fsdp.load_sharded(state, folder / "stopped", lambda note: note.get("config") == "other")
 
 
 def test_units_and_names():
@@ -185,9 +187,9 @@ def test_a_process_that_dies_stops_the_others_and_the_run_goes_on(undisturbed, f
     assert p.returncode == 0 and "going on at" in err, err[-2000:]
     again, _ = load_tensors(out / "model.safetensors")
     for k, v in undisturbed.items(): assert torch.equal(v, again[k])
-    assert cli.Model(out).draw(["a handwritten seven"]).shape == (1, 1, 16, 16)
+    assert Model(out).draw(["a handwritten seven"]).shape == (1, 1, 16, 16)
     # and one process finishes what two began
-    cli.train_run("ddpm", resume=True, out=folder / "handed on", quiet=True)
+    train_run("ddpm", resume=True, out=folder / "handed on", quiet=True)
     again, _ = load_tensors(folder / "handed on" / "model.safetensors")
     for k, v in undisturbed.items(): assert (v.float() - again[k].float()).abs().max() < .02
     assert json.loads((folder / "handed on" / "train.json").read_text())["images"] == 1920

@@ -7,12 +7,14 @@ import pytest
 import torch
 from arms import made
 from t2i_course.core.conditioning import Cond, WordTokenizer, raw_cond
-from t2i_course.core.data import NUMBERS, Draws, load
+from t2i_course.core.data import NUMBERS, Draws
+from t2i_course.core.sources import load
 from t2i_course.diffusion import guidance
 from t2i_course.diffusion.ddpm import VP, Denoiser, eps, guided, linear_betas, sample, v, x0
 from t2i_course.diffusion.guidance import (BOUND, FIXES, NoisyClassifier, Nulls, both, by_classifier, demanded,
                                            diversity, dynamic_threshold, interval, label_reader, nulls, on_gray,
                                            painter, rescale, rescaled, saturation, threshold)
+from t2i_course.sweeps.diffusion import guidance as sweep
 
 PROCESS = VP(linear_betas())
 W = 3.5
@@ -324,9 +326,9 @@ def test_painter_keeps_the_noise():
 def test_experiments(monkeypatch):
     tiny = dict(images=320, classifier=320, painted=320, n=12, gray=2, steps=2, scales=(1., 2.), classifier_scales=(1.,),
                 p_drop=(0., .1), painted_scales=(1., 2.), fix_scales=(2.,))
-    monkeypatch.setitem(guidance.SWEEP, "smoke", tiny)
-    monkeypatch.setattr(guidance, "FIXES", {k: FIXES[k] for k in ("none", "dynamic")})
-    found = made(guidance)
+    monkeypatch.setitem(sweep.SWEEP, "smoke", tiny)
+    monkeypatch.setattr(sweep, "FIXES", {k: FIXES[k] for k in ("none", "dynamic")})
+    found = made(sweep)
     json.dumps(found)
     assert next(iter(found)) == "setting" and {"n", "images", "steps", "fd_floor", "precision"} <= set(found["setting"])
     row = found["row.seed0"]

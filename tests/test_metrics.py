@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from t2i_course.core.data import CourseError, Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.files import CourseError
+from t2i_course.core.sources import load
 from t2i_course.core.metrics import (
     SHIPPED, ceilings, evaluate, fingerprint, frechet, glyph_space, judge_for, kid, load_judge, make_judges,
     nearest_rate, obedience, obeys, precision_recall, protocol, read_card, read_judge, save_judge, shuffled,

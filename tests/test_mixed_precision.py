@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from t2i_course.core.data import Draws, glyph_split, glyphs, load
+from t2i_course.core.data import Draws, glyph_split, glyphs
+from t2i_course.core.sources import load
 from t2i_course.core.training import State, train
 from t2i_course.scale.mixed_precision import (FORMATS, OPS, DynamicScale, Masters, Rounded, SmallTransformer, bits, diverged, fresh,
                                               go_on, limits, lost_updates, matmul_error, op_dtypes, precision_table, recipe_here,

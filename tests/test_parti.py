@@ -8,7 +8,9 @@ from t2i_course.ar import parti
 from t2i_course.ar.dalle import Cache, sample_codes
 from t2i_course.codec.vqvae import VQVAE
 from t2i_course.core.conditioning import WordTokenizer
-from t2i_course.core.data import Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
+from t2i_course.sweeps.ar import parti as sweep
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,6 @@ def test_codes_are_read_from_a_table_and_learned():
     assert torch.equal(cond.ids[0], tok(b.captions[60:61]).ids[0])
     prior = parti.CodePrior(parti.EncoderDecoder(len(tok), config["max_len"], 16, codec.grid(data.shape), 32, 1, 1, 2), tok.null())
     before = parti.held_out_nll(prior, feed, 64)
-    parti.fit_prior(prior, feed, config, 2000)
+    sweep.fit_prior(prior, feed, config, 2000)
     after = parti.held_out_nll(prior, feed, 64)
     assert after < before - .3 and abs(before - math.log2(16)) < .5

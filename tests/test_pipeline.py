@@ -7,11 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from arms import made
-from t2i_course.core.data import CourseError, Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.files import CourseError
+from t2i_course.core.sources import load
 from t2i_course.core.metrics import evaluate, load_judge
-from t2i_course.scale import pipeline
-from t2i_course.scale.pipeline import (SWEEP, TINY, Drawer, Run, Settings, as_pipeline, bpe_tokenizer, drop_captions, fresh_accelerator,
-                                       load_pipeline, main, make_parts, make_vae, ours, painter, set_scale, tokens, train_vae)
+from t2i_course.scale.pipeline import (TINY, Drawer, Run, Settings, as_pipeline, bpe_tokenizer, drop_captions, fresh_accelerator,
+                                       load_pipeline, main, make_parts, make_vae, painter, set_scale, tokens, train_vae)
+from t2i_course.sweeps.scale import pipeline as sweep
+from t2i_course.sweeps.scale.pipeline import SWEEP, ours
 
 DATA = load("digits")
 S = Settings(**TINY | dict(steps=6, batch=4, accumulate=2, warmup=2, lr=1e-3, schedule="linear"))
@@ -219,8 +222,8 @@ def test_command_line(tmp_path, capsys, monkeypatch):
 
 
 def test_experiments_yield_rows(monkeypatch):
-    monkeypatch.setitem(pipeline.SWEEP, "smoke", pipeline.SWEEP["smoke"] | dict(n=12, draw=2))
-    monkeypatch.setattr(pipeline, "ours", lambda name, scale, seed=0: replace(S, steps=1, seed=seed, vae_images=32))
-    found = made(pipeline)
+    monkeypatch.setitem(SWEEP, "smoke", SWEEP["smoke"] | dict(n=12, draw=2))
+    monkeypatch.setattr(sweep, "ours", lambda name, scale, seed=0: replace(S, steps=1, seed=seed, vae_images=32))
+    found = made(sweep)
     assert set(found) == {"setting", "codec.digits", "arms.digits.seed0", "codec.painted", "arms.painted.seed0"}
     json.dumps(found)

@@ -5,15 +5,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from arms import made
-from t2i_course.ar.pixelcnn import (ARMS, Causal, Histogram, MaskedConv, PixelCNN, Plain, TwoLevelPrior, before, bits_per_code, build, codes_of,
-                                    down, gate, guided, kept, make_codec, make_prior, mask, nll, pick, recipe_for, sample_grid,
+from t2i_course.ar.pixelcnn import (Causal, Histogram, MaskedConv, PixelCNN, Plain, TwoLevelPrior, before, bits_per_code, build, codes_of,
+                                    down, gate, guided, make_codec, make_prior, mask, nll, pick, recipe_for, sample_grid,
                                     sees)
 from t2i_course.codec.vqvae2 import Levels
 from t2i_course.core.conditioning import WordBag, WordTokenizer
-from t2i_course.core.data import Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.core.ema import state_for
 from t2i_course.core.metrics import load_judge
 from t2i_course.core.training import feed, train
+from t2i_course.sweeps.ar import pixelcnn as sweep
 
 
 def shaken(net, std=.2):
@@ -284,13 +286,12 @@ def test_kept_reads_every_attribute():
     data = load("painted")
     config = recipe_for(data, "smoke")
     tok, model = build(config)
-    k = kept(model, tok, data, load_judge("painted"), 8)
+    k = sweep.kept(model, tok, data, load_judge("painted"), 8)
     assert set(k) == set(data.attributes) and all(set(v) == {"own", "fine", "all"} for v in k.values())
 
 
 def test_experiments_speak_of_every_arm(monkeypatch):
-    from t2i_course.ar import pixelcnn
-    monkeypatch.setitem(pixelcnn.SWEEP, "smoke", dict(codec=32, images=32, n=10, read=32, painted=32, ways=((1., 1.),)))
-    keys = list(made(pixelcnn))
-    assert keys[0] == "setting" and {f"bits.{a}.seed0" for a in ("histogram", "other_caption", *ARMS)} <= set(keys)
-    assert {f"arms.{a}.seed0" for a in ARMS} <= set(keys) and "kept.seed0" in keys and "ways.seed0.t100w100" in keys
+    monkeypatch.setitem(sweep.SWEEP, "smoke", dict(codec=32, images=32, n=10, read=32, painted=32, ways=((1., 1.),)))
+    keys = list(made(sweep))
+    assert keys[0] == "setting" and {f"bits.{a}.seed0" for a in ("histogram", "other_caption", *sweep.ARMS)} <= set(keys)
+    assert {f"arms.{a}.seed0" for a in sweep.ARMS} <= set(keys) and "kept.seed0" in keys and "ways.seed0.t100w100" in keys

@@ -3,45 +3,51 @@ import json
 
 import pytest
 import torch
-from t2i_course import cli
-from t2i_course.core.data import load
+from t2i_course.cli import main
+from t2i_course.run.doctor import doctor
+from t2i_course.run.model import Model
+from t2i_course.run.settings import settings
+from t2i_course.run.stamp import stamp
+from t2i_course.run.train import train_run
+from t2i_course.core.sources import load
 from t2i_course.scale import mixed_precision as mp
 
 
 def played(monkeypatch, units):
     "A processor with or without bfloat16 units."
-    for place in (cli, mp): monkeypatch.setattr(place, "has_bf16", lambda device="cpu": units)
-    monkeypatch.setattr(cli, "pick_device", lambda: "cpu")
+    places = [f"t2i_course.run.{name}" for name in ("settings", "stamp", "doctor")]
+    for place in [*places, "t2i_course.scale.mixed_precision"]: monkeypatch.setattr(f"{place}.has_bf16", lambda device="cpu": units)
+    for place in places: monkeypatch.setattr(f"{place}.pick_device", lambda: "cpu")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     "A run of a machine with bfloat16 units."
     out = tmp_path_factory.mktemp("bf16") / "run"
-    return cli.train_run("flow_matching", "digits", "smoke", images=64, out=out, precision="bf16", quiet=True)
+    return train_run("flow_matching", "digits", "smoke", images=64, out=out, precision="bf16", quiet=True)
 
 
 @pytest.mark.parametrize("units", [True, False])
 def test_auto_follows_the_units_and_is_recorded(monkeypatch, units):
     played(monkeypatch, units)
     for _ in range(3):  # no race: the same every time
-        config = cli.settings("flow_matching", "digits", "smoke", None, 64, 0, "auto")
+        config = settings("flow_matching", "digits", "smoke", None, 64, 0, "auto")
         assert config["precision"] == ("bf16" if units else "fp32") and config["bf16_units"] is units
-    assert cli.stamp("x", (0,))["bf16_units"] is units
+    assert stamp("x", (0,))["bf16_units"] is units
 
 
 def test_emulation_is_announced(monkeypatch, tmp_path, capsys):
     played(monkeypatch, False)
     for precision, said in (("bf16", True), ("fp32", False)):
-        cli.main(["train", "flow_matching", "--data", "digits", "--scale", "smoke", "--images", "8", "--quiet",
-                  "--precision", precision, "--out", str(tmp_path / precision)])
+        main(["train", "flow_matching", "--data", "digits", "--scale", "smoke", "--images", "8", "--quiet",
+              "--precision", precision, "--out", str(tmp_path / precision)])
         assert ("it is emulated, many times more slowly than fp32" in capsys.readouterr().err) == said
         assert json.loads((tmp_path / precision / "config.json").read_text())["precision"] == precision
 
 
 @pytest.mark.parametrize("units", [True, False])
 def test_a_bf16_run_is_drawn_in_float32_where_there_are_no_units(monkeypatch, run, units):
-    model, seen = cli.Model(run), []
+    model, seen = Model(run), []
     played(monkeypatch, units)
     model.den.net.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
     model.draw(["one"], steps=1)
@@ -51,7 +57,7 @@ def test_a_bf16_run_is_drawn_in_float32_where_there_are_no_units(monkeypatch, ru
 def test_doctor_tells(monkeypatch, capsys):
     for units, word in ((True, "bf16"), (False, "fp32")):
         played(monkeypatch, units)
-        cli.doctor()
+        doctor()
         assert f"runs train with {word}" in capsys.readouterr().out
 
 

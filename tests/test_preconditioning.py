@@ -6,11 +6,12 @@ import torch
 from arms import made
 from t2i_course.core.conditioning import WordTokenizer, raw_cond
 from t2i_course.core.data import Draws, Painted
-from t2i_course.diffusion import preconditioning
 from t2i_course.diffusion.ddpm import VP, Coefs, Denoiser, linear_betas, v, view
-from t2i_course.diffusion.preconditioning import (CaptionGaussian, OneForAll, ScalarSkip, fit_mean, fit_skip,
-                                                  fit_space, ladder, make_arm, ridge, wiener, word_groups)
+from t2i_course.diffusion.preconditioning import (CaptionGaussian, ScalarSkip, fit_mean, fit_skip,
+                                                  fit_space, make_arm, ridge, wiener, word_groups)
 from t2i_course.diffusion.schedules import EDM, edm_sigmas
+from t2i_course.sweeps.diffusion import preconditioning as sweep
+from t2i_course.sweeps.diffusion.preconditioning import OneForAll, ladder
 
 SIGMAS = [.002, .05, .5, 3., 80.]
 
@@ -243,7 +244,7 @@ def test_word_groups_name_strokes_only():
 # --- The sweeps ---
 
 def test_experiments_yield_every_comparison():
-    rows = made(preconditioning)
+    rows = made(sweep)
     setting = rows["setting"]
     assert setting["evaluations"] == 5 and setting["sigma_data"] > .6
     names = ["edm.ddpm", "edm.scalar", "edm.edm", "edm.shifted", "sigma_data.right", "sigma_data.double"]

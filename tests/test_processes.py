@@ -11,8 +11,10 @@ import processes
 import pytest
 import torch
 import torch.distributed as dist
-from t2i_course import cli
-from t2i_course.core.data import CourseError, Draws
+from t2i_course.run.register import RECIPES
+from t2i_course.run.settings import settings
+from t2i_course.core.data import Draws
+from t2i_course.core.files import CourseError
 from t2i_course.core.ema import EMA
 from t2i_course.core.training import everyone
 from t2i_course.scale import fsdp
@@ -35,7 +37,7 @@ def two(folder):
     "(recipe, how, what) -> what each of two processes has left; all of it in one launch"
     def one(recipe, how, name, **more): return dict(recipe=recipe, out=str(folder / f"{how}-{recipe}{name}"), shard=how, **more)
     todo = {}
-    for recipe, how in product(cli.RECIPES, HOWS):
+    for recipe, how in product(RECIPES, HOWS):
         todo[recipe, how, "end"] = one(recipe, how, "")
         if recipe not in SHARED: continue
         todo[recipe, how, "stopped"] = one(recipe, how, "-cut", stop=3)
@@ -72,7 +74,7 @@ def apart(a, b):
 
 
 @pytest.mark.parametrize("how", HOWS)
-@pytest.mark.parametrize("recipe", cli.RECIPES)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_the_same_run_or_a_sentence(recipe, how, two, alone):
     first, second = two[recipe, how, "end"]
     assert "crashed" not in first, first["crashed"]
@@ -126,8 +128,8 @@ def group():
 @pytest.mark.parametrize("recipe", ["ddpm", "dit", "flow_matching"])
 def test_times_reach_the_network_as_they_are(recipe, group, monkeypatch):
     "A thousand times between .5 and 1 would be 129 in bfloat16; they become sines before anything is rounded."
-    module = import_module(cli.RECIPES[recipe])
-    config = cli.settings(recipe, "digits", "smoke", None, 64, 0, "bf16")
+    module = import_module(RECIPES[recipe])
+    config = settings(recipe, "digits", "smoke", None, 64, 0, "bf16")
     tok, den = module.build(config)
     fsdp.parallelize(den.net, "fsdp", "bf16")
     where, name = (module, "time_waves") if recipe == "dit" else (import_module("t2i_course.diffusion.ddpm"), "fourier")
@@ -141,7 +143,7 @@ def test_times_reach_the_network_as_they_are(recipe, group, monkeypatch):
 
 
 def test_blocks_compute_in_few_bits(group):
-    tok, den = import_module(cli.RECIPES["dit"]).build(cli.settings("dit", "digits", "smoke", None, 64, 0, "bf16"))
+    tok, den = import_module(RECIPES["dit"]).build(settings("dit", "digits", "smoke", None, 64, 0, "bf16"))
     fsdp.parallelize(den.net, "fsdp", "bf16")
     assert all(p.dtype == torch.float32 for p in den.net.parameters()) # the shards
     seen, block = [], den.net.net.blocks[0]

@@ -7,16 +7,26 @@ import numpy as np
 import pytest
 import torch
 from t2i_course import cli
-from t2i_course.core.data import Draws, load
-from t2i_course.runs import Stopped, load_tensors
+from t2i_course.run.measure import eval_run
+from t2i_course.run.model import Model
+from t2i_course.run.register import RECIPES
+from t2i_course.run.sample import sample_run
+from t2i_course.run.settings import settings
+from t2i_course.core import runs as core_runs
+from t2i_course.core.ema import state_for
+from t2i_course.run.train import head_start, train_run
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
+from t2i_course.core.files import load_tensors
+from t2i_course.core.guards import Stopped
 
-every_recipe = pytest.mark.parametrize("recipe", cli.RECIPES)
+every_recipe = pytest.mark.parametrize("recipe", RECIPES)
 IMAGES = 256
 PROMPTS = ["a handwritten seven", "a handwritten two", ""]
 
 
 def train(recipe, out, **kw):
-    return cli.train_run(recipe, "digits", scale="smoke", images=IMAGES, out=out, precision="fp32", quiet=True, **kw)
+    return train_run(recipe, "digits", scale="smoke", images=IMAGES, out=out, precision="fp32", quiet=True, **kw)
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +44,9 @@ def tensors(run): return load_tensors(run / "model.safetensors")[0]
 
 @every_recipe
 def test_module_says_what_it_is(recipe):
-    module = import_module(cli.RECIPES[recipe])
+    module = import_module(RECIPES[recipe])
     assert module.__doc__.strip() and hasattr(module, "build")
-    config = cli.settings(recipe, "painted2", "smoke", None, 64, 0, "fp32")
+    config = settings(recipe, "painted2", "smoke", None, 64, 0, "fp32")
     assert config["recipe"] == recipe and config["shape"] == [3, 32, 32]
     json.dumps(config)
 
@@ -45,10 +55,10 @@ def test_module_says_what_it_is(recipe):
 @pytest.mark.parametrize("data", ["painted", "painted2"])
 def test_losses_are_one_a_sample_on_both_rungs(recipe, data):
     "Every turn gives finite losses, one a sample, that depend on the weights of its part."
-    config, ds = cli.settings(recipe, data, "smoke", None, 64, 0, "fp32"), load(data)
+    config, ds = settings(recipe, data, "smoke", None, 64, 0, "fp32"), load(data)
     torch.manual_seed(0)
-    tok, model = import_module(cli.RECIPES[recipe]).build(config)
-    if getattr(model, "skip", None) is not None: cli.head_start(cli.state_for(model, config), ds, tok, model, config, None)
+    tok, model = import_module(RECIPES[recipe]).build(config)
+    if getattr(model, "skip", None) is not None: head_start(state_for(model, config), ds, tok, model, config, None)
     batch, draws = ds.batch("train", Draws(0, torch.arange(8))), Draws(0, torch.arange(8))
     turns = [("", model.loss)] if callable(model.loss) else [(t.part, t.loss) for t in model.loss]
     model.net.train()
@@ -64,14 +74,14 @@ def test_losses_are_one_a_sample_on_both_rungs(recipe, data):
 def test_interrupted_and_resumed_is_the_same_run(recipe, runs, tmp_path, monkeypatch):
     "Stopped after the third step and once more near the end: the same bytes."
     straight, out = runs(recipe), tmp_path / "r"
-    real, left = cli.follow, [3, 2]
+    real, left = core_runs.follow, [3, 2]
     def follow(state, records, run, config, extra=None, every=20., *more):
         for i, record in enumerate(real(state, records, run, config, extra, 0.), 1):
             yield record
             if left and i == left[0] + 1:
                 left.pop(0)
                 raise Stopped("enough")
-    monkeypatch.setattr(cli, "follow", follow)
+    monkeypatch.setattr("t2i_course.run.train.follow", follow)
     for resume in (False, True):
         with pytest.raises(Stopped): train(recipe, out, resume=resume)
     train(recipe, out, resume=True)
@@ -84,16 +94,16 @@ def test_interrupted_and_resumed_is_the_same_run(recipe, runs, tmp_path, monkeyp
 def test_draws_what_it_is_asked_for(recipe, runs, capsys):
     "Pictures of the right size, the same for the same seed and place, others for another seed."
     run = runs(recipe)
-    x, texts = cli.sample_run(run, PROMPTS, per_caption=2, seed=1)
-    again, _ = cli.sample_run(run, PROMPTS, per_caption=2, seed=1)
-    other, _ = cli.sample_run(run, PROMPTS, per_caption=2, seed=2)
+    x, texts = sample_run(run, PROMPTS, per_caption=2, seed=1)
+    again, _ = sample_run(run, PROMPTS, per_caption=2, seed=1)
+    other, _ = sample_run(run, PROMPTS, per_caption=2, seed=2)
     assert x.shape == (6, 16, 16, 1) and x.dtype == np.uint8 and len(texts) == 6
     assert np.array_equal(x, again) and not np.array_equal(x, other)
 
 
 @every_recipe
 def test_says_which_options_it_has_no_use_for(recipe, runs, capsys):
-    model = cli.Model(runs(recipe))
+    model = Model(runs(recipe))
     given = dict(steps=2, guidance=1.5, temperature=.8, truncation=.7, candidates=2)
     model.draw(PROMPTS[:1], 0, **given)
     said = capsys.readouterr().err
@@ -103,7 +113,7 @@ def test_says_which_options_it_has_no_use_for(recipe, runs, capsys):
 
 @every_recipe
 def test_fills_the_measured_row(recipe, runs):
-    row = cli.eval_run(runs(recipe), n=16, quiet=True)
+    row = eval_run(runs(recipe), n=16, quiet=True)
     assert row["recipe"] == recipe and row["fd"] > 0 and 0 <= row["obedience"]["all"] <= 1
     assert 0 < row["params"] <= row["params_trained"] and row["nfe"] >= 1
 
@@ -118,18 +128,18 @@ def state_of_the_process():
 def test_leaves_the_process_as_it_was(recipe, runs, tmp_path):
     for seeded in (torch.manual_seed, np.random.seed, random.seed): seeded(5)
     before = state_of_the_process()
-    cli.train_run(recipe, "digits", scale="smoke", images=64, out=tmp_path / "r", quiet=True)
+    train_run(recipe, "digits", scale="smoke", images=64, out=tmp_path / "r", quiet=True)
     assert state_of_the_process() == before, "training"
-    cli.sample_run(runs(recipe), PROMPTS)
+    sample_run(runs(recipe), PROMPTS)
     assert state_of_the_process() == before, "drawing"
-    cli.eval_run(runs(recipe), n=16, quiet=True)
+    eval_run(runs(recipe), n=16, quiet=True)
     assert state_of_the_process() == before, "measuring"
 
 
-@pytest.mark.parametrize("recipe", [name for name in cli.RECIPES if "guidance" in cli.settings(name, "digits", "smoke", None, 64, 0, "fp32")])
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if "guidance" in settings(name, "digits", "smoke", None, 64, 0, "fp32")])
 def test_guidance_0_is_the_empty_caption(recipe, runs):
     "In the painter itself, and to the byte by the command; guidance 1 is not"
-    model = cli.Model(runs(recipe))
+    model = Model(runs(recipe))
     assert "guidance" in model.den.options
     with torch.no_grad():
         for weight in model.den.net.parameters(): weight.add_(.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
@@ -143,4 +153,4 @@ def test_guidance_0_is_the_empty_caption(recipe, runs):
 def test_list_of_recipes_has_one_line_each(capsys):
     assert cli.main(["train", "--list"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in out] == list(cli.RECIPES) and all(len(line.split()) > 4 for line in out)
+    assert [line.split()[0] for line in out] == list(RECIPES) and all(len(line.split()) > 4 for line in out)

@@ -8,8 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from t2i_course import cli
+from t2i_course.run.model import Model
 from t2i_course.core.conditioning import TextEncoder, WordTokenizer
-from t2i_course.core.data import CourseError, Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.files import CourseError
+from t2i_course.core.sources import load
 from t2i_course.core.ema import EMA
 from t2i_course.core.training import State, feed, has_bf16, train
 from t2i_course.diffusion import ddpm
@@ -324,7 +327,7 @@ def test_the_command_prepares_and_training_reads(tmp_path, capsys):
     assert cli.main(["prepare", "digits", "--images", "100", "--shard-size", "40", "--out", out, "--quiet"]) == 0
     assert len(Shards(out)) == 100 and "--data" in capsys.readouterr().out
     assert cli.main(["train", "ddpm", "--data", out, "--scale", "smoke", "--images", "64", "--out", str(tmp_path / "run"), "--quiet"]) == 0
-    assert cli.Model(tmp_path / "run").draw(["a handwritten two"]).shape == (1, 1, 16, 16)
+    assert Model(tmp_path / "run").draw(["a handwritten two"]).shape == (1, 1, 16, 16)
     assert cli.main(["prepare", "digits", "--images", "0", "--out", out]) == 2
     (tmp_path / "shards" / "index.json").unlink()
     assert cli.main(["train", "ddpm", "--data", out, "--scale", "smoke", "--images", "64", "--out", str(tmp_path / "other"), "--quiet"]) == 2
@@ -340,7 +343,7 @@ def test_latents_by_command_from_codec_to_picture(tmp_path, capsys):
     for recipe in ("ddpm", "flow_matching"):
         run = out(recipe)
         assert cli.main(["train", recipe, "--data", out("z"), "--codec", out("codec"), "--images", "64", "--out", run, *small]) == 0
-        assert cli.Model(run).draw(["a red two", "a blue four on gray"]).shape == (2, 3, 32, 32)
+        assert Model(run).draw(["a red two", "a blue four on gray"]).shape == (2, 3, 32, 32)
     assert cli.main(["eval", out("ddpm"), "--n", "16"]) == 0
     assert cli.main(["train", "ddpm", "--data", out("z"), "--images", "64", "--out", out("no"), *small]) == 2
     assert "codec" in capsys.readouterr().err

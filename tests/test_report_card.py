@@ -4,9 +4,11 @@ import json
 import pytest
 import torch
 from t2i_course import cli
+from t2i_course.run.register import RECIPES, module
+from t2i_course.run.settings import settings
 from t2i_course.capstone import report_card as rc
 from t2i_course.codec.vae import lookalikes
-from t2i_course.core.data import load
+from t2i_course.core.sources import load
 from t2i_course.core.metrics import load_judge
 from torch import nn
 
@@ -38,9 +40,9 @@ def test_kept_tensors_are_counted_once_and_weights_not_at_all():
 @pytest.mark.parametrize("recipe", ["ddpm", "gan"])
 def test_training_memory_changes_nothing(recipe):
     data = load("digits")
-    config = cli.settings(recipe, "digits", "smoke", None, 64, 0, "fp32")
+    config = settings(recipe, "digits", "smoke", None, 64, 0, "fp32")
     torch.manual_seed(0)
-    tok, model = cli.module(recipe).build(config)
+    tok, model = module(recipe).build(config)
     before = {k: v.clone() for k, v in model.net.state_dict().items()}
     m = rc.training_memory(model, tok, data, 8)
     for k, v in model.net.state_dict().items(): assert torch.equal(v, before[k])
@@ -85,5 +87,5 @@ def test_a_card_that_cannot_be_read_is_one_sentence(folder, capsys):
 
 
 def test_every_paradigm_has_a_recipe():
-    found = {k: getattr(cli.module(k), "PARADIGM", None) for k in cli.RECIPES}
+    found = {k: getattr(module(k), "PARADIGM", None) for k in RECIPES}
     assert {k: v for k, v in found.items() if v} == dict(text_gan="GAN", dalle="VQ + AR", ddpm="DDPM", flow_matching="flow matching")

@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from t2i_course import cli, runs
-from t2i_course.core.data import CourseError
+from t2i_course import cli
+from t2i_course.run.progress import progress_bar
+from t2i_course.run.sample import sample_run
+from t2i_course.run import train as command
+from t2i_course.run.train import train_run
+from t2i_course.core import files
+from t2i_course.core.files import CourseError
 
 def refused(capsys, *args):
     "Run t2i; it must fail with one sentence, the last line, and no traceback. Returns the sentence"
@@ -23,7 +28,7 @@ def refused(capsys, *args):
 def run(tmp_path_factory):
     "A small trained run on the digits"
     out = tmp_path_factory.mktemp('run')/'r'
-    cli.train_run('flow_matching', 'digits', scale='smoke', images=96, out=out, precision='fp32', quiet=True)
+    train_run('flow_matching', 'digits', scale='smoke', images=96, out=out, precision='fp32', quiet=True)
     return out
 
 @pytest.fixture
@@ -132,8 +137,8 @@ def test_folders_with_nothing_usable(tmp_path, capsys):
     assert 'caption' in refused(capsys, 'train', 'ddpm', '--data', tmp_path/'mute', '--out', tmp_path/'r')
 
 def test_data_folder_and_download(tmp_path, capsys, monkeypatch):
-    from t2i_course import sources
-    getattr(sources.data_root, 'cache_clear', lambda: None)()
+    from t2i_course.core import downloads
+    getattr(downloads.data_root, 'cache_clear', lambda: None)()
     monkeypatch.setenv('T2I_DATA', str(tmp_path/'missing'))
     assert 'T2I_DATA' in refused(capsys, 'data', 'fashion', '--out', tmp_path/'f.npz')
     (tmp_path/'file').write_text('')
@@ -167,18 +172,18 @@ def test_odd_captions(run, tmp_path, capsys):
     assert z['images'].shape==(3,16,16,1) and z['images'].dtype==np.uint8 and z['captions'].dtype.kind=='U'
 
 def test_captions_keep_their_order(run, tmp_path):
-    x,texts = cli.sample_run(run, ['a handwritten two', 'a handwritten six'], per_caption=2, steps=2)
+    x,texts = sample_run(run, ['a handwritten two', 'a handwritten six'], per_caption=2, steps=2)
     assert texts==['a handwritten two']*2+['a handwritten six']*2 and len(x)==4
-    again,_ = cli.sample_run(run, ['a handwritten two', 'a handwritten six'], per_caption=2, steps=2)
+    again,_ = sample_run(run, ['a handwritten two', 'a handwritten six'], per_caption=2, steps=2)
     assert (x==again).all()
 
 # ---- nothing is lost ----
 def test_the_same_tensors_give_the_same_bytes(tmp_path):
     p,seen = tmp_path/'a.safetensors',set()
     for _ in range(12):
-        runs.save_tensors(p, dict(b=torch.ones(3), a=torch.zeros(2)), step=1, config='x', images=2)
+        files.save_tensors(p, dict(b=torch.ones(3), a=torch.zeros(2)), step=1, config='x', images=2)
         seen.add(p.read_bytes())
-    assert len(seen)==1 and runs.load_tensors(p)[1]==dict(step=1, config='x', images=2)
+    assert len(seen)==1 and files.load_tensors(p)[1]==dict(step=1, config='x', images=2)
 
 def test_resume_of_a_finished_run(copy, capsys):
     before = {p.name:p.read_bytes() for p in copy.iterdir()}
@@ -195,14 +200,14 @@ def test_damaged_model_is_written_again(copy, capsys):
 
 def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     p = tmp_path/'c.safetensors'
-    runs.save_tensors(p, dict(a=torch.ones(10)), step=1)
+    files.save_tensors(p, dict(a=torch.ones(10)), step=1)
     before = p.read_bytes()
     def full(*a, **k): raise OSError(errno.ENOSPC, 'No space left on device')
     for name in ('fsync','replace'):
         with monkeypatch.context() as m:
             m.setattr(os, name, full)
             with pytest.raises(CourseError, match='space'):
-                runs.save_tensors(p, dict(a=torch.zeros(10)), step=2)
+                files.save_tensors(p, dict(a=torch.zeros(10)), step=2)
         assert p.read_bytes()==before and list(tmp_path.iterdir())==[p]
 
 def train_in_child(out, limit=None, training=None):
@@ -211,12 +216,12 @@ def train_in_child(out, limit=None, training=None):
         import resource
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    train = cli.train
+    train = command.train
     def noted(*args, **kwargs):
         for r in train(*args, **kwargs):
             if training is not None: training.value = 1
             yield r
-    cli.train = noted
+    command.train = noted
     torch.set_num_threads(1)
     os._exit(cli.main(['train', 'flow_matching', '--data', 'digits', '--scale', 'smoke', '--images', '4000',
                        '--precision', 'fp32', '--save-every', '.2', '--resume', '--quiet',
@@ -296,14 +301,14 @@ def test_no_room_for_the_checkpoint(children, tmp_path):
     assert p.exitcode==2 and not (out/'checkpoint.safetensors').exists() and not list(out.glob('.*.part'))
 
 def test_head_start_longer_than_the_clock(capsys):
-    bar = cli.progress_bar(SimpleNamespace(seconds=4.), dict(images=None, seconds=2.), quiet=False)
+    bar = progress_bar(SimpleNamespace(seconds=4.), dict(images=None, seconds=2.), quiet=False)
     bar(None)
     assert '2/2 s' in capsys.readouterr().err
 
 def test_seconds_clock_keeps_the_used_time(tmp_path):
     out,start = tmp_path/'r',time.perf_counter()
-    cli.train_run('ddpm', 'digits', scale='smoke', seconds=1.5, out=out, quiet=True)
+    train_run('ddpm', 'digits', scale='smoke', seconds=1.5, out=out, quiet=True)
     took = time.perf_counter()-start
     done = json.loads((out/'train.json').read_text())
-    cli.train_run('ddpm', out=out, resume=True, quiet=True) # nothing left to do
+    train_run('ddpm', out=out, resume=True, quiet=True) # nothing left to do
     assert json.loads((out/'train.json').read_text())['images']==done['images'] and 1.5<=done['seconds']<=took

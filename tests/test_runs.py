@@ -5,8 +5,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from t2i_course import cli, runs
-from t2i_course.core.data import CourseError
+from t2i_course import cli
+from t2i_course.core.files import make_folder, say, CourseError
+from t2i_course.run.demo import claim_demo_folder, demo
+from t2i_course.run.measure import eval_run
+from t2i_course.run.sample import typed
+from t2i_course.run.settings import settings
+from t2i_course.run.sheets import SHEET, write_sheet
+from t2i_course.run.stamp import versions
+from t2i_course.run.train import train_run
+from t2i_course.core import files, guards, runs
+from t2i_course.core.data import scale
+from t2i_course.core.sources import load
 from tree import modules
 
 SMALL = ('--scale', 'smoke', '--images', '64', '--precision', 'fp32', '--quiet')
@@ -53,7 +63,7 @@ def test_two_threads_train_the_same_run_as_one_alone(run, tmp_path):
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     lost = []
     def train(out):
-        try: cli.train_run('ddpm', 'digits', scale='smoke', images=64, precision='fp32', out=out, quiet=True)
+        try: train_run('ddpm', 'digits', scale='smoke', images=64, precision='fp32', out=out, quiet=True)
         except BaseException as e: lost.append(e)
     threads = [threading.Thread(target=train, args=(tmp_path/str(i),)) for i in range(2)]
     for t in threads: t.start()
@@ -65,7 +75,7 @@ def test_two_threads_train_the_same_run_as_one_alone(run, tmp_path):
 def test_handlers_that_python_did_not_set_are_no_obstacle(monkeypatch):
     real,given = signal.signal,[]
     monkeypatch.setattr(signal, 'signal', lambda s,h: (given.append(h), real(s, h), None)[2]) # as if C code had set them
-    with runs.asked_to_stop(): pass
+    with guards.asked_to_stop(): pass
     assert given[-2:]==[signal.SIG_DFL]*2
     for s,h in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)): real(s, h)
 
@@ -110,11 +120,11 @@ def test_a_locale_that_is_not_utf8(tmp_path):
     assert np.load(tmp_path/'a.npz')['captions'].tolist()==['rote Fläche für 红']
 
 def test_what_was_typed_in_utf8_is_read_so(run, tmp_path, monkeypatch, capsys):
-    for locale,typed in (('latin-1', 'schöne'), ('utf-8', 'schöne 红'), ('ascii', 'schöne')):
+    for locale,text in (('latin-1', 'schöne'), ('utf-8', 'schöne 红'), ('ascii', 'schöne')):
         monkeypatch.setattr(os, 'fsencode', lambda t, code=locale: t.encode(code, 'surrogateescape'))
-        assert cli.typed(typed.encode().decode(locale, 'surrogateescape'))==typed
+        assert typed(text.encode().decode(locale, 'surrogateescape'))==text
     monkeypatch.setattr(os, 'fsencode', lambda t: t.encode('latin-1', 'surrogateescape'))
-    assert cli.typed('schöne')=='schöne', 'typed in the encoding of the locale'
+    assert typed('schöne')=='schöne', 'typed in the encoding of the locale'
     monkeypatch.undo()
     bad = 'schöne'.encode('latin-1').decode('utf-8', 'surrogateescape')
     assert 'UTF-8' in refused(capsys, 'sample', run, '--prompt', bad, '--out', tmp_path/'a.png')
@@ -122,7 +132,7 @@ def test_what_was_typed_in_utf8_is_read_so(run, tmp_path, monkeypatch, capsys):
 def test_what_a_stream_cannot_encode_is_written_as_numbers(monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, 'stderr', io.TextIOWrapper(raw, encoding='latin-1', errors='strict'))
-    cli.say('für 红')
+    say('für 红')
     assert raw.getvalue()=='für \\u7ea2\n'.encode('latin-1')
 
 def test_a_broken_backend_is_nobodys_concern(run, tmp_path):
@@ -141,13 +151,13 @@ def test_only_a_full_disk_is_called_full(tmp_path, e, full, capsys, monkeypatch)
     path = tmp_path/'a.json'
     path.write_text('before', encoding='utf-8')
     def fail(p): Path(p).touch(); raise e
-    with pytest.raises(CourseError) as told: runs.write_whole(path, fail)
+    with pytest.raises(CourseError) as told: files.write_whole(path, fail)
     said = str(told.value)
     assert ('space' in said)==full and (getattr(e, 'strerror', None) or type(e).__name__) in said and str(path) in said
     assert contents(tmp_path)=={'a.json':b'before'}
     if isinstance(e, OSError): # and where it happens in the middle of a command
         def doctor(): raise type(e)(e.errno, e.strerror, 'some file')
-        monkeypatch.setattr(cli, 'doctor', doctor)
+        monkeypatch.setattr('t2i_course.cli.doctor', doctor)
         said = refused(capsys, 'doctor')
         assert ('space' in said)==full and e.strerror in said
 
@@ -164,8 +174,8 @@ def test_shards_and_latents_tell_the_cause_too(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(os.name=='nt', reason='names are counted in another way')
 def test_names_up_to_the_limit(tmp_path):
-    runs.write_json(tmp_path/('a'*250+'.json'), dict(a=1))
-    with pytest.raises(CourseError, match='shorter name'): runs.write_json(tmp_path/('a'*251+'.json'), dict(a=1))
+    files.write_json(tmp_path/('a'*250+'.json'), dict(a=1))
+    with pytest.raises(CourseError, match='shorter name'): files.write_json(tmp_path/('a'*251+'.json'), dict(a=1))
     assert [len(n) for n in contents(tmp_path)]==[255]
 
 @pytest.mark.skipif(os.name=='nt', reason='modes are a matter of POSIX')
@@ -193,8 +203,8 @@ def test_files_of_other_libraries_have_it_too(tmp_path):
 @pytest.mark.skipif(not Path('/proc/self/maps').exists(), reason='looks at what is mapped')
 def test_what_is_loaded_holds_no_file_open(tmp_path):
     "Windows does not replace a file that somebody holds"
-    runs.save_tensors(tmp_path/'a.safetensors', dict(a=torch.ones(9000)))
-    kept = runs.load_tensors(tmp_path/'a.safetensors')
+    files.save_tensors(tmp_path/'a.safetensors', dict(a=torch.ones(9000)))
+    kept = files.load_tensors(tmp_path/'a.safetensors')
     assert str(tmp_path) not in Path('/proc/self/maps').read_text() and kept[0]['a'].sum()==9000
 
 def test_replacing_is_tried_again_on_windows(tmp_path, monkeypatch):
@@ -207,9 +217,9 @@ def test_replacing_is_tried_again_on_windows(tmp_path, monkeypatch):
     names = str(tmp_path/'new'),str(tmp_path/'old')
     with monkeypatch.context() as m:
         m.setattr(os, 'replace', replace)
-        with pytest.raises(PermissionError): runs.put_in_place(*names)
-        m.setattr(runs.time, 'sleep', lambda s: None); m.setattr(os, 'name', 'nt')
-        runs.put_in_place(*names)
+        with pytest.raises(PermissionError): files.put_in_place(*names)
+        m.setattr(files.time, 'sleep', lambda s: None); m.setattr(os, 'name', 'nt')
+        files.put_in_place(*names)
     assert len(tries)==3 and (tmp_path/'old').read_bytes()==b'new'
 
 # ---- what a run is ----
@@ -222,8 +232,8 @@ def test_options_that_differ_are_refused(copy, capsys, args):
 
 def test_recipes_and_changes_that_differ_are_refused(copy):
     before = contents(copy)
-    with pytest.raises(CourseError, match='run of ddpm, not of dit'): cli.train_run('dit', out=copy, resume=True)
-    with pytest.raises(CourseError, match='lr = '): cli.train_run(out=copy, resume=True, changes=dict(lr=.5))
+    with pytest.raises(CourseError, match='run of ddpm, not of dit'): train_run('dit', out=copy, resume=True)
+    with pytest.raises(CourseError, match='lr = '): train_run(out=copy, resume=True, changes=dict(lr=.5))
     assert contents(copy)==before
 
 def test_the_same_options_and_none_go_on(copy, capsys, monkeypatch):
@@ -235,13 +245,13 @@ def test_the_same_options_and_none_go_on(copy, capsys, monkeypatch):
 
 @contextlib.contextmanager
 def stopped_after(steps, monkeypatch):
-    real = cli.follow
+    real = runs.follow
     def follow(state, records, run, config, extra=None, every=20., *more):
         for r in real(state, records, run, config, extra, 0., *more):
             yield r
-            if r.step>steps: raise runs.Stopped('enough')
+            if r.step>steps: raise guards.Stopped('enough')
     with monkeypatch.context() as m:
-        m.setattr(cli, 'follow', follow)
+        m.setattr('t2i_course.run.train.follow', follow)
         yield
 
 def test_a_folder_that_moved_can_be_named_anew(tmp_path, capsys, monkeypatch):
@@ -312,7 +322,7 @@ def test_a_second_writer_is_refused(copy, capsys):
     part.touch()
     before,held,done = contents(copy),threading.Event(),threading.Event()
     def hold():
-        with runs.one_writer(copy), runs.one_writer(copy):
+        with guards.one_writer(copy), guards.one_writer(copy):
             held.set(); done.wait(60)
     thread = threading.Thread(target=hold)
     thread.start(); held.wait(60)
@@ -326,15 +336,15 @@ def test_a_second_writer_is_refused(copy, capsys):
 @pytest.mark.skipif(os.name=='nt', reason='forks')
 def test_a_forked_child_does_not_keep_the_lock(tmp_path):
     (r,w),(ready,begun) = os.pipe(),os.pipe()
-    with runs.one_writer(tmp_path):
+    with guards.one_writer(tmp_path):
         child = os.fork()
         if not child:
             os.write(begun, b'x'); os.read(r, 1); os._exit(0)
         os.read(ready, 1)
-        f,me,times = runs._held[tmp_path.resolve()]
+        f,me,times = guards._held[tmp_path.resolve()]
         os.close(f) # as if this process had been killed
-        runs._held[tmp_path.resolve()] = os.open(os.devnull, os.O_RDONLY),me,times
-        again = runs._open_lock(tmp_path/'.lock')
+        guards._held[tmp_path.resolve()] = os.open(os.devnull, os.O_RDONLY),me,times
+        again = guards._open_lock(tmp_path/'.lock')
         os.write(w, b'x'); os.waitpid(child, 0)
         for f in (r, w, ready, begun): os.close(f)
         assert again is not None
@@ -348,23 +358,23 @@ def test_locks_of_windows(tmp_path, monkeypatch):
         if key in held: raise PermissionError(errno.EACCES, 'in use')
         held.add(key)
     monkeypatch.setitem(sys.modules, 'msvcrt', types.SimpleNamespace(locking=locking, LK_NBLCK=2))
-    monkeypatch.setattr(runs, 'fcntl', None)
+    monkeypatch.setattr(guards, 'fcntl', None)
     refusals = []
     def second():
         try:
-            with runs.one_writer(tmp_path): pass
+            with guards.one_writer(tmp_path): pass
         except CourseError as e: refusals.append(str(e))
-    with runs.one_writer(tmp_path):
+    with guards.one_writer(tmp_path):
         thread = threading.Thread(target=second); thread.start(); thread.join()
     assert len(refusals)==1 and 'still running' in refusals[0] and not contents(tmp_path)
 
 def test_two_may_not_start_the_same_run(tmp_path, monkeypatch, capsys):
     "The one that comes second finds the config of the first, though there was none when it began"
-    out,real = tmp_path/'r',cli.make_folder
+    out,real = tmp_path/'r',make_folder
     def slow(folder):
         real(folder)
         (out/'config.json').write_text('{}', encoding='utf-8')
-    monkeypatch.setattr(cli, 'make_folder', slow)
+    monkeypatch.setattr('t2i_course.run.settings.make_folder', slow)
     assert 'already holds a run' in refused(capsys, 'train', 'ddpm', '--data', 'digits', *SMALL, '--out', out)
     assert contents(out)=={'config.json':b'{}'}
 
@@ -373,7 +383,7 @@ def test_preparing_twice_at_once_is_refused(tmp_path, capsys):
     part.touch()
     held,done = threading.Event(),threading.Event()
     def hold():
-        with runs.one_writer(tmp_path): held.set(); done.wait(60)
+        with guards.one_writer(tmp_path): held.set(); done.wait(60)
     thread = threading.Thread(target=hold)
     thread.start(); held.wait(60)
     try: assert 'still running' in refused(capsys, 'prepare', 'digits', '--images', 20, '--out', tmp_path, '--quiet')
@@ -398,22 +408,22 @@ def test_a_demo_replaces_a_demo(copy, tmp_path, monkeypatch):
     config = json.loads((copy/'config.json').read_text(encoding='utf-8'))
     (copy/'config.json').write_text(json.dumps(config|dict(demo=True)), encoding='utf-8')
     (copy/'notes.txt').write_text('mine', encoding='utf-8')
-    with cli.claim_demo_folder(copy): assert set(contents(copy))=={'notes.txt','.lock'}
-    with cli.claim_demo_folder(tmp_path/'new'): assert (tmp_path/'new').is_dir()
+    with claim_demo_folder(copy): assert set(contents(copy))=={'notes.txt','.lock'}
+    with claim_demo_folder(tmp_path/'new'): assert (tmp_path/'new').is_dir()
     monkeypatch.chdir(tmp_path)
     old = Path('runs/demo') # made before demos had a mark
     old.mkdir(parents=True)
     needed = dict.fromkeys(runs.NEEDED)|dict(recipe='flow_matching', data='painted')
     (old/'config.json').write_text(json.dumps(needed), encoding='utf-8')
-    with cli.claim_demo_folder(old): assert set(contents(old))=={'.lock'}
+    with claim_demo_folder(old): assert set(contents(old))=={'.lock'}
 
 def test_the_demo_leaves_its_mark(tmp_path, monkeypatch):
     monkeypatch.setenv('T2I_SCALE', 'smoke')
     given = {}
     def train_run(*args, **kwargs):
         given.update(kwargs)
-        raise runs.Stopped('enough')
-    monkeypatch.setattr(cli, 'train_run', train_run)
+        raise guards.Stopped('enough')
+    monkeypatch.setattr('t2i_course.run.demo.train_run', train_run)
     assert t2i('demo', '--out', tmp_path/'d')==130 and given['changes']['demo'] is True
 
 def test_kept_rows_match_or_are_made_anew(tmp_path, monkeypatch, capsys):
@@ -421,12 +431,12 @@ def test_kept_rows_match_or_are_made_anew(tmp_path, monkeypatch, capsys):
     made = []
     def train_run(recipe, data, seconds, seed, out, resume):
         made.append(resume)
-        runs.write_json(cli.make_folder(out)/'config.json', cli.settings(recipe, data, cli.current_scale(), seconds, None, seed, 'auto'))
+        files.write_json(make_folder(out)/'config.json', settings(recipe, data, scale(), seconds, None, seed, 'auto'))
     def eval_run(out, n):
-        row = dict(obedience=dict(all=.5), fd=1., fd_floor=1., recall=.5, n=n, versions=cli.versions())
-        runs.write_json(out/'metrics.json', row)
+        row = dict(obedience=dict(all=.5), fd=1., fd_floor=1., recall=.5, n=n, versions=versions())
+        files.write_json(out/'metrics.json', row)
         return row
-    monkeypatch.setattr(cli, 'train_run', train_run); monkeypatch.setattr(cli, 'eval_run', eval_run)
+    monkeypatch.setattr('t2i_course.run.rows.train_run', train_run); monkeypatch.setattr('t2i_course.run.rows.eval_run', eval_run)
     def bench(): assert t2i('bench', '--seconds', 2, '--seeds', 1, '--out', 'a.json')==0
     folder = Path('runs/rows/flow_matching-painted-2s-0')
     def edit(name, **values):
@@ -434,7 +444,7 @@ def test_kept_rows_match_or_are_made_anew(tmp_path, monkeypatch, capsys):
         (folder/name).write_text(json.dumps(old|values), encoding='utf-8')
     bench(); assert made==[False]
     bench(); assert made==[False], 'kept'
-    old = cli.versions()
+    old = versions()
     for change in (dict(scale='demo'), dict(lr=9.), dict(seed=5), dict(seconds=3.), dict(hardware='another machine'),
                    dict(versions=old|dict(t2i_course='0.0.1'))):
         edit('config.json', **change)
@@ -450,15 +460,14 @@ def test_kept_rows_match_or_are_made_anew(tmp_path, monkeypatch, capsys):
     made.clear(); bench(); assert made==[False]
 
 def test_rows_of_the_digits_match_or_are_made_anew(tmp_path, monkeypatch):
-    from t2i_course import bench
     monkeypatch.chdir(tmp_path); monkeypatch.setenv('T2I_SCALE', 'smoke')
     made = []
     def own_row(arm, seconds, seed, ruler, work):
         made.append(arm)
         return dict.fromkeys(('accuracy','fd_floors','recall','precision','broken','train_seconds','cpu_seconds','images'), .5)
-    monkeypatch.setattr(bench, 'load', lambda name: cli.load('digits'))
-    monkeypatch.setattr(bench, 'roofline', lambda *args: {})
-    monkeypatch.setattr(bench, 'own_row', own_row)
+    monkeypatch.setattr('t2i_course.bench.digits.load', lambda name: load('digits'))
+    monkeypatch.setattr('t2i_course.bench.digits.roofline', lambda *args: {})
+    monkeypatch.setattr('t2i_course.bench.digits.own_row', own_row)
     def again():
         made.clear()
         assert t2i('bench', 'digits', '--seconds', 1, '--seeds', 1, '--peers', '--out', 'b.json')==0
@@ -480,7 +489,7 @@ def test_metrics_name_the_command(copy, monkeypatch):
     for program,start in (('/somewhere/bin/t2i', 't2i'), ('C/t2i.exe', 't2i'), ('/somewhere/t2i_course/__main__.py', 'python -m t2i_course')):
         monkeypatch.setattr(sys, 'argv', [program, 'eval', run, '--n', '8'])
         assert cli.main()==0 and named()==f'{start} eval {run} --n 8'
-    cli.eval_run(copy, n=8, quiet=True)
+    eval_run(copy, n=8, quiet=True)
     assert named()==f"python: eval_run({run!r}, n=8, seed=0)"
 
 def test_prompts_add_up(run, tmp_path):
@@ -505,13 +514,13 @@ def test_captions_from_a_pipe(run, tmp_path, how, monkeypatch):
 
 def test_a_sheet_has_a_limit(run, tmp_path, capsys, monkeypatch):
     many = tmp_path/'c.txt'
-    many.write_text('a two\n'*(cli.SHEET+1), encoding='utf-8')
-    monkeypatch.setattr(cli, 'Model', None) # nothing is drawn, nothing even loaded
+    many.write_text('a two\n'*(SHEET+1), encoding='utf-8')
+    monkeypatch.setattr('t2i_course.run.sample.Model', None) # nothing is drawn, nothing even loaded
     for how in (('--captions', many), ('--prompt', 'a two', '--per-caption', 3000)):
         said = refused(capsys, 'sample', run, *how, '--out', tmp_path/'a.png')
-        assert '.npz' in said and str(cli.SHEET) in said and not (tmp_path/'a.png').exists()
+        assert '.npz' in said and str(SHEET) in said and not (tmp_path/'a.png').exists()
     with pytest.raises(CourseError, match='npz'):
-        cli.write_sheet(tmp_path/'a.png', np.zeros((cli.SHEET+1, 8, 8, 1), np.uint8), ['']*(cli.SHEET+1))
+        write_sheet(tmp_path/'a.png', np.zeros((SHEET+1, 8, 8, 1), np.uint8), ['']*(SHEET+1))
 
 OTHERS = { # options of other programs that messages and commands of the package name
     'torchrun': {'--nproc-per-node','--standalone','--no-python','--nnodes','--rdzv-backend','--rdzv-endpoint','--rdzv-id'},
@@ -536,19 +545,19 @@ def test_refusals_name_what_differs(copy, tmp_path, capsys):
     assert t2i('train', '--resume', '--size', 64, '--out', copy)==2
     assert 'was started with no --size' in capsys.readouterr().err
     both = tmp_path/'both'
-    cli.train_run('ddpm', 'digits', scale='smoke', images=64, seconds=600, out=both, quiet=True)
+    train_run('ddpm', 'digits', scale='smoke', images=64, seconds=600, out=both, quiet=True)
     assert t2i('train', '--resume', '--seconds', 5, '--out', both)==2
     assert '--images 64 --seconds 600' in capsys.readouterr().err
 
 def test_a_new_place_is_a_path(tmp_path, capsys):
     out = tmp_path/'r'
-    cli.train_run('ddpm', str(pictures(tmp_path/'pictures')), scale='smoke', images=64, out=out, quiet=True)
+    train_run('ddpm', str(pictures(tmp_path/'pictures')), scale='smoke', images=64, out=out, quiet=True)
     assert t2i('eval', out, '--data', 'digits')==2
     assert './digits' in capsys.readouterr().err
 
 def test_demo_leaves_the_unfinished_files_of_others(tmp_path, monkeypatch):
     part = tmp_path/'.film.mp4.part'
     part.write_bytes(b'half')
-    monkeypatch.setattr(cli, 'make_demo', lambda *a: None)
-    cli.demo(out=tmp_path)
+    monkeypatch.setattr('t2i_course.run.demo.make_demo', lambda *a: None)
+    demo(out=tmp_path)
     assert part.read_bytes()==b'half'

@@ -9,7 +9,8 @@ from functools import cache, partial
 
 import pytest
 import torch
-from t2i_course.core.data import Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.diffusion import ddpm, samplers
 from t2i_course.diffusion.ddpm import VP, Coefs, linear_betas, sample, view
 from t2i_course.diffusion.samplers import (bits_with, bound_terms, build_learned, chain_variances, ddim_invert, dpmpp_2m,

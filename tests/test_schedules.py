@@ -4,13 +4,13 @@ import math
 import pytest
 import torch
 from arms import made
-from t2i_course.core.data import Draws
-from t2i_course.diffusion import schedules as module
+from t2i_course.core.data import Draws, Painted
 from t2i_course.diffusion.ddpm import VP, linear_betas, uniform_times
 from t2i_course.diffusion.schedules import (
     EDM, betas_from_abar, cosine_betas, density, edm_sigmas, edm_times, log_normal, log_snr, scaled_linear_betas,
     schedules, sigmoid_abar, sigmoid_betas, time_at, walk)
 from t2i_course.flow.flow_matching import LinearPath
+from t2i_course.sweeps.diffusion import schedules as sweep
 
 EVERY = schedules() | {"line": LinearPath()}
 
@@ -169,7 +169,7 @@ def test_log_normal_has_edms_moments(name):
 
 def test_red_on_black_is_painted_with_one_colour():
     draws = Draws(0, torch.arange(40))
-    one, all_colours = module.RedOnBlack().batch("test", draws), module.Painted().batch("test", draws)
+    one, all_colours = sweep.RedOnBlack().batch("test", draws), Painted().batch("test", draws)
     assert torch.equal(one.attrs["digit"], all_colours.attrs["digit"]) and not one.attrs["ink"].any()
     assert (one.x[:, 0] >= one.x[:, 1:].amax(1) - 1e-6).all() and one.x.amin() == -1
 
@@ -188,7 +188,7 @@ def test_walk_has_the_log_snrs_of_the_other_schedule():
 
 
 def test_experiments_yield_complete_rows():
-    found = made(module)
+    found = made(sweep)
     assert found["setting"]["target"] == "v" and set(found["setting"]["fd_floor"]) == {"digits", "painted"}
     row = found["arms.painted.cosine.seed0"]
     assert row["nfe"] == 6 and row["images"] == 160 and row["data"] == "painted, red on black"

@@ -1,8 +1,16 @@
 """Every recipe trains on shards, draws, and is measured, as on the data set that they were prepared from."""
 import pytest
 import torch
-from t2i_course import cli
-from t2i_course.core.data import CourseError, Draws, load, origin
+from t2i_course.run.data import open_data
+from t2i_course.run.measure import eval_run
+from t2i_course.run.model import Model
+from t2i_course.run.register import RECIPES
+from t2i_course.run.sample import sample_run
+from t2i_course.run.settings import settings
+from t2i_course.run.train import train_run
+from t2i_course.core.data import Draws
+from t2i_course.core.files import CourseError
+from t2i_course.core.sources import load, origin
 from t2i_course.core.metrics import SEED
 from t2i_course.scale.recipes import Shards, prepare
 
@@ -15,12 +23,12 @@ def folder(tmp_path_factory):
     return where
 
 
-@pytest.mark.parametrize("recipe", cli.RECIPES)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_trains_on_shards_draws_and_is_measured(recipe, folder, tmp_path):
-    run = cli.train_run(recipe, str(folder / "digits"), scale="smoke", images=96, out=tmp_path / "run", precision="fp32", quiet=True)
-    x, texts = cli.sample_run(run, ["a handwritten seven", "a handwritten two"])
+    run = train_run(recipe, str(folder / "digits"), scale="smoke", images=96, out=tmp_path / "run", precision="fp32", quiet=True)
+    x, texts = sample_run(run, ["a handwritten seven", "a handwritten two"])
     assert x.shape == (2, 16, 16, 1) and len(texts) == 2
-    row = cli.eval_run(run, n=8, quiet=True)
+    row = eval_run(run, n=8, quiet=True)
     assert row["data"] == "digits" and row["fd"] > 0 and 0 <= row["obedience"]["all"] <= 1
     assert "96 samples in 3 shards" in row["source"]
 
@@ -28,9 +36,9 @@ def test_trains_on_shards_draws_and_is_measured(recipe, folder, tmp_path):
 @pytest.mark.parametrize("recipe", ["vae", "vqvae", "cm3leon"])
 def test_painted_shards_too(recipe, folder, tmp_path):
     "A codec repeats unseen pictures that the caption demands; CM3Leon needs the recoloured twins of its pictures."
-    run = cli.train_run(recipe, str(folder / "painted"), scale="smoke", images=96, out=tmp_path / "run", precision="fp32", quiet=True)
-    assert cli.eval_run(run, n=16, quiet=True)["heldout"]["n"] == 8
-    real = cli.Model(run).den
+    run = train_run(recipe, str(folder / "painted"), scale="smoke", images=96, out=tmp_path / "run", precision="fp32", quiet=True)
+    assert eval_run(run, n=16, quiet=True)["heldout"]["n"] == 8
+    real = Model(run).den
     if recipe != "cm3leon": return
     assert real.repaint is not None and set(real.memory.codes.flatten().tolist()) != {0}
 
@@ -48,7 +56,7 @@ def test_the_twin_of_a_picture_from_shards_shows_the_same_digit_in_another_ink(f
 def test_cm3leon_repaints_the_pictures_of_the_shards(folder, monkeypatch):
     "The source in the context and its answer are the same painted digit."
     from t2i_course.ar import cm3leon
-    config = cli.settings("cm3leon", str(folder / "painted"), "smoke", None, 64, 0, "fp32") | dict(tasks=[0., 1., 0.])
+    config = settings("cm3leon", str(folder / "painted"), "smoke", None, 64, 0, "fp32") | dict(tasks=[0., 1., 0.])
     tok, model = cm3leon.build(config)
     asked = []
     real = cm3leon.Recoloured.batch
@@ -62,7 +70,7 @@ def test_cm3leon_repaints_the_pictures_of_the_shards(folder, monkeypatch):
 def test_one_door(folder):
     "load and the command open the same thing; the unseen pictures are those of the origin, the trained ones those of the shards."
     path = str(folder / "digits")
-    for data in (load(path), cli.open_data(path)):
+    for data in (load(path), open_data(path)):
         assert isinstance(data, Shards) and len(data) == 96 and origin(data).name == "digits"
     assert origin(load("digits")).name == "digits"
     shards, digits, draws = Shards(path), load("digits"), Draws(SEED, torch.arange(12))
@@ -79,19 +87,19 @@ def test_shards_whose_origin_is_gone(tmp_path):
         Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(source / f"{i}.png")
         (source / f"{i}.txt").write_text(f"red number {i}")
     prepare(str(source), tmp_path / "shards", 8, shard_size=4)
-    run = cli.train_run("gan", str(tmp_path / "shards"), scale="smoke", images=32, out=tmp_path / "run", precision="fp32", quiet=True)
+    run = train_run("gan", str(tmp_path / "shards"), scale="smoke", images=32, out=tmp_path / "run", precision="fp32", quiet=True)
     source.rename(tmp_path / "elsewhere")
-    assert cli.sample_run(run, ["red number 3"])[0].shape == (1, 32, 32, 3)
-    with pytest.raises(CourseError, match="was prepared from .*mine"): cli.eval_run(run, n=8)
+    assert sample_run(run, ["red number 3"])[0].shape == (1, 32, 32, 3)
+    with pytest.raises(CourseError, match="was prepared from .*mine"): eval_run(run, n=8)
 
 
 def test_latents_are_for_recipes_that_draw(folder, tmp_path):
     "A codec of latents is no codec: it says so."
     small = dict(scale="smoke", images=32, precision="fp32", quiet=True)
-    codec = cli.train_run("vae", "digits", out=tmp_path / "codec", **small)
-    prepare("digits", tmp_path / "z", 32, cli.Model(codec).den.codec, shard_size=16)
+    codec = train_run("vae", "digits", out=tmp_path / "codec", **small)
+    prepare("digits", tmp_path / "z", 32, Model(codec).den.codec, shard_size=16)
     for recipe in ("vae", "vqvae", "vqvae2", "dvae", "cm3leon"):
         with pytest.raises(CourseError, match="learns from pictures and the shards in .* hold latents"):
-            cli.train_run(recipe, str(tmp_path / "z"), codec=str(codec), out=tmp_path / recipe, **small)
+            train_run(recipe, str(tmp_path / "z"), codec=str(codec), out=tmp_path / recipe, **small)
         assert not (tmp_path / recipe).exists()
     with pytest.raises(CourseError, match="by a codec"): load(str(tmp_path / "z"))

@@ -7,8 +7,12 @@ import torch
 from safetensors.torch import load_file
 
 import drawings
-from t2i_course import cli
-from t2i_course.core.data import Draws, load
+from t2i_course.run.data import expectation
+from t2i_course.run.measure import row_text
+from t2i_course.run.model import Model
+from t2i_course.run.train import train_run
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.core.metrics import LEAST, RandomFeatures, evaluate, frechet
 from t2i_course.diffusion.preconditioning import (LADDER, CaptionGaussian, climb, fit_checked, fit_skip, held_together,
                                                   on_common)
@@ -176,14 +180,14 @@ def test_no_step_jumps(data, closed):
 
 def test_tables_are_enough_to_go_on(data, closed, tmp_path):
     "Stopped, resumed, and loaded: the chosen form is in the tables, and their shapes do not depend on the choice."
-    out = cli.train_run("flow_matching", str(data.path), scale="smoke", images=96, out=tmp_path / "run", quiet=True)
+    out = train_run("flow_matching", str(data.path), scale="smoke", images=96, out=tmp_path / "run", quiet=True)
     saved = {k: v for k, v in load_file(out / "model.safetensors").items() if k.startswith("skip.")}
     tok, den, config = closed
     given = flow_matching.build(config)[1].skip
     b = data.batch("train", Draws(0, torch.arange(100)))
     given.fit(b.x, tok(b.captions).ids)
     assert {k: v.shape for k, v in saved.items()} == {f"skip.{k}": v.shape for k, v in given.tables.items()}
-    model = cli.Model(out)
+    model = Model(out)
     x, captions = drawings.unseen(data)
     for a, b in zip(guessed(model.den, model.tok, x[:50], captions[:50], .5), guessed(den, tok, x[:50], captions[:50], .5)):
         assert torch.allclose(a, b, rtol=1e-4)
@@ -201,13 +205,13 @@ def memory(data):
 def test_copies_on_training_captions_are_counted_and_told(data):
     row = evaluate(memory(data), data, n=1000, n_trained=200)
     assert row["nearest_train_captions"] == 1 and row["n_train_captions"] == 200 and row["nearest"] < .1
-    text = cli.row_text(row)
+    text = row_text(row)
     assert "100.0% of 200 drawings of training captions: copies" in text
     assert f"{len(data.texts['test'])} drawings of test captions" in text and "features: random convolutions" in text
     test = {c: x / 127.5 - 1 for x, c in zip(data.x["test"], data.texts["test"])}
     def new(captions, seed): return torch.stack([test.get(c, data.x["test"][i % 85] / 127.5 - 1) for i, c in enumerate(captions)])
     fresh = evaluate(new, data, n=1000, n_trained=200)
-    assert fresh["nearest_train_captions"] < .1 and "copies" not in cli.row_text(fresh)
+    assert fresh["nearest_train_captions"] < .1 and "copies" not in row_text(fresh)
     assert "nearest_train_captions" not in evaluate(new, data, n=20)
 
 
@@ -236,31 +240,31 @@ def test_random_features_are_the_same_everywhere_and_see_a_change(data):
 def test_few_pictures_get_a_row_that_says_so(tmp_path):
     data = load(str(drawings.write(tmp_path / "few", n=40)))
     row = evaluate(memory(data), data, n=1000, n_trained=10)
-    assert row["n"] < LEAST and "too few" in row["note"] and "fd" not in row and "too few" in cli.row_text(row)
+    assert row["n"] < LEAST and "too few" in row["note"] and "fd" not in row and "too few" in row_text(row)
     assert row["nearest_train_captions"] == 1
 
 
 # --- Before training ---
 
 def test_what_to_expect_is_said_before_training(data, tmp_path, capsys):
-    cli.train_run("flow_matching", str(data.path), scale="smoke", images=64, out=tmp_path / "run", quiet=True)
+    train_run("flow_matching", str(data.path), scale="smoke", images=64, out=tmp_path / "run", quiet=True)
     n, words = len(data.texts["train"]), len(data.words)
     said = capsys.readouterr().err
     assert f"{n} training pictures with {n} different captions and {words} words" in said
     assert "each caption names about one picture" in said and "copies" in said
-    cli.train_run("flow_matching", "digits", scale="smoke", images=64, out=tmp_path / "digits", quiet=True)
+    train_run("flow_matching", "digits", scale="smoke", images=64, out=tmp_path / "digits", quiet=True)
     assert "training pictures with" not in capsys.readouterr().err
 
 
 def test_expectation_counts():
     once = [f"a drawing of thing{i}" for i in range(100)]
-    text = cli.expectation(once, 20_000)
+    text = expectation(once, 20_000)
     assert "100 training pictures with 100 different captions and 103 words, 100 of them in one caption alone" in text
     assert "20,000 images are 200 passes through them. Expect drawings" in text
-    assert "500 images are 5 passes through them. With more than" in cli.expectation(once, 500)
-    assert "1,000 passes" in cli.expectation(once, 100_000) and "Every 100 images are a pass" in cli.expectation(once)
-    assert "50 training pictures with 100" in cli.expectation(once, 500, 50), "some pictures have several captions"
-    assert cli.expectation(["a red ball", "a blue ball"] * 50, 5_000) == "", "many pictures of each caption"
+    assert "500 images are 5 passes through them. With more than" in expectation(once, 500)
+    assert "1,000 passes" in expectation(once, 100_000) and "Every 100 images are a pass" in expectation(once)
+    assert "50 training pictures with 100" in expectation(once, 500, 50), "some pictures have several captions"
+    assert expectation(["a red ball", "a blue ball"] * 50, 5_000) == "", "many pictures of each caption"
 
 
 def test_two_sizes_of_a_folder_are_two_sets(tmp_path):

@@ -4,13 +4,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from t2i_course.core.data import CourseError, Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.files import CourseError
+from t2i_course.core.sources import load
 from t2i_course.core.ema import state_for
 from t2i_course.core.metrics import load_judge, obeys
 from t2i_course.core.training import feed, train
 from t2i_course.gan.stylegan2 import (Growing, Large, Latents, Mapping, StyleDiscriminator, StyledConv, StyleGAN, StyleGenerator,
                                       Tinted, build, followers, group_std, growth, larger, modulated_conv, path_lengths,
-                                      path_spread, read_tinted, recipe_for, shrunk, smaller, smoothness, stroke, swapped, widths)
+                                      read_tinted, recipe_for, shrunk, smaller, stroke, swapped, widths)
+from t2i_course.sweeps.gan.stylegan2 import path_spread, smoothness
 
 DATA = Tinted()
 

@@ -11,9 +11,10 @@ from t2i_course.core.training import State, feed, train
 from t2i_course.diffusion import ddpm
 from t2i_course.diffusion.ddpm import VP, Coefs, Denoiser, linear_betas, sample, solve
 from t2i_course.diffusion.schedules import EDM, cosine_betas, scaled_linear_betas
-from t2i_course.diffusion.terminal_snr import (Flat, OffsetDraws, OnSphere, Papers, arms, brightness, build, leading, make_loss,
-                                               measure, moved, offset_loss, offset_start, rescale_zero_terminal_snr, settings,
-                                               silent, snr_weight, trailing, walks)
+from t2i_course.diffusion.terminal_snr import (
+    Flat, OffsetDraws, OnSphere, Papers, brightness, build, leading, make_loss, measure, moved,
+    offset_loss, offset_start, rescale_zero_terminal_snr, settings, silent, snr_weight, trailing)
+from t2i_course.sweeps.diffusion.terminal_snr import arms, walks
 
 CHAIN, ZERO = VP(scaled_linear_betas()), VP(rescale_zero_terminal_snr(scaled_linear_betas()))
 

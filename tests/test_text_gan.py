@@ -3,7 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from t2i_course.core.conditioning import WordTokenizer, raw_cond
-from t2i_course.core.data import Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.core.ema import state_for
 from t2i_course.core.training import State, feed, train
 from t2i_course.gan.text_gan import (APART, AdaptiveConv, MeanPicture, Sketched, StackGAN, TextGAN, Upscaled, WordAttention, attend, build,

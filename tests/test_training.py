@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from t2i_course.core.data import CourseError, Draws, Painted
+from t2i_course.core.data import Draws, Painted
+from t2i_course.core.files import CourseError
 from t2i_course.core.ema import EMA, settle
 from t2i_course.core.training import Record, State, Threads, Turn, feed, has_bf16, pick_device, train, warm_linear
 from torch import nn
@@ -473,3 +474,92 @@ def test_resume_is_exact_with_weights_in_another_memory_layout():
     straight, broken = run(small()), run(small(), 5)
     saved = {k: v.contiguous().clone() for k, v in broken.tensors().items()}
     assert_same_bytes(straight.tensors(), run(small().load(saved, broken.numbers())).tensors())
+
+
+# --- Progress and groups ---
+
+def noted(seen, net):
+    def loss(x0, cond, draws):
+        seen.append((draws.progress, draws.index[0].item()))
+        return (net(x0 + draws.normal("eps", 6)) - x0).square().mean(1)
+    return loss
+
+
+def test_draws_know_the_progress_of_the_run():
+    "The share at the start of the step: the same for all its micro-batches, for the pictures and for the loss"
+    state, seen, fed = fresh(), [], []
+    def data_too(draws):
+        fed.append(draws.progress)
+        return data(draws)
+    list(train(state, noted(seen, state.net), data_too, images=80, batch=16, accumulate=2))
+    assert [p for p, _ in seen] == fed == [i / 5 for i in range(5) for _ in range(2)]
+    assert Draws(0, torch.arange(3)).progress == 0
+
+
+def test_progress_is_no_part_of_a_random_number():
+    a, b = Draws(0, torch.arange(5)), Draws(0, torch.arange(5), progress=.7)
+    assert torch.equal(a.normal("eps", 3), b.normal("eps", 3))
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_resume_is_exact_where_a_loss_depends_on_progress(stop):
+    def cooling(net):
+        def loss(x0, cond, draws): return (net(x0 + (1 - draws.progress) * draws.normal("eps", 6)) - x0).square().mean(1)
+        return loss
+    def run(state, stop=None):
+        for r in train(state, cooling(state.net), data, images=160, batch=16):
+            if r.step == stop: break
+        return state
+    straight, broken = run(fresh()), run(fresh(), stop)
+    tensors, numbers = {k: v.clone() for k, v in broken.tensors().items()}, broken.numbers()
+    assert_same_bytes(straight.tensors(), run(fresh(seed=9).load(tensors, numbers)).tensors())
+    plain = fresh()
+    go(plain, images=160)
+    assert any(not torch.equal(straight.tensors()[k], v) for k, v in plain.tensors().items())  # it does depend on it
+
+
+class Buckets:
+    "Every six indices one shape"
+    name, group = "buckets", 6
+    def batch(self, split, draws):
+        from t2i_course.core.data import Batch
+        which = draws.index // self.group
+        assert len(which.unique()) == 1, "a tensor of two shapes"
+        n = 4 + which[0].item() % 3
+        return Batch(draws.uniform("x", n) - .5, [""] * len(draws), {}, {})
+
+
+@pytest.mark.parametrize("batch, accumulate, cut", [(6, 1, 6), (3, 1, 3), (12, 1, 6), (24, 2, 6), (24, 3, 6), (6, 2, 3)])
+def test_a_micro_batch_has_one_shape(batch, accumulate, cut):
+    "Whatever the batch, cut where the group ends, the run is the same up to rounding"
+    def run(batch, accumulate=1):
+        torch.manual_seed(0)
+        net, sizes = nn.Linear(1, 1), []
+        def loss(x0, cond, draws):
+            sizes.append(len(x0))
+            return (net(x0[..., None]) - 1).square().flatten(1).mean(1)
+        state = State(net)
+        list(train(state, loss, feed(Buckets(), lambda c: torch.zeros(len(c))), images=48, batch=batch, accumulate=accumulate))
+        return sizes, net.weight.item()
+    sizes, weight = run(batch, accumulate)
+    assert max(sizes) == cut and sum(sizes) == 48
+    assert weight == pytest.approx(run(batch, 4 * accumulate if batch > 6 else 1)[1], abs=1e-6)
+
+
+def test_a_batch_that_does_not_fit_the_groups_is_refused():
+    state = State(nn.Linear(1, 1))
+    with pytest.raises(CourseError, match="one shape for every 6 images.*got 8"):
+        next(train(state, noted([], state.net), feed(Buckets(), None), images=48, batch=8))
+
+
+def test_turns_and_wrappers_hand_the_group_on():
+    from t2i_course.core.data import Wrapped
+    class Marked(Wrapped):
+        def batch(self, split, draws): return super().batch(split, draws)._replace(more={"n": draws.index})
+    import copy
+    marked = Marked(Buckets())
+    assert marked.group == feed(marked, None).group == copy.copy(marked).group == 6 and marked.name == "buckets"
+    assert marked.batch("train", Draws(0, torch.arange(6))).more["n"].tolist() == list(range(6))
+    with pytest.raises(AttributeError, match="nothing"): marked.nothing
+    state, turns = players()
+    with pytest.raises(CourseError, match="got 8"): next(train(state, turns, feed(marked, None), images=48, batch=8))

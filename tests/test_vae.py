@@ -6,7 +6,9 @@ import torch
 from t2i_course.codec.vae import (KL_F8, LDM_KL_F8, VAE, WHITENING, Decoder, Encoder, KLModel, Latents, PatchDiscriminator,
                                   Perceptual, StableVAE, active_units, adaptive_weight, build, cache_latents, from_diffusers,
                                   kl_to_normal, lookalikes, psnr, recipe_for, reparameterise, whiten)
-from t2i_course.core.data import CourseError, Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.files import CourseError
+from t2i_course.core.sources import load
 from t2i_course.core.ema import state_for
 from t2i_course.core.metrics import at_most, load_judge, obedience
 from t2i_course.core.training import feed, train

@@ -8,7 +8,8 @@ from torch import nn
 
 from t2i_course.codec import vqvae
 from t2i_course.codec.vqvae import TwoStage, VectorQuantizer, VQVAE, dead, nearest_code, perplexity
-from t2i_course.core.data import Draws, load
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.core.ema import EMA
 from t2i_course.core.training import State, feed, train
 

@@ -5,12 +5,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from arms import made
-from t2i_course.codec.vqvae2 import (CodeReader, CodesModel, Levels, VQVAE2, arms, bits, build, measure, one_level, origin,
-                                     recipe_for, said_where, swapped)
-from t2i_course.core.data import Draws, load
+from t2i_course.codec.vqvae2 import (CodeReader, CodesModel, Levels, VQVAE2, bits, build, measure, origin, recipe_for,
+                                     said_where, swapped)
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.core.ema import state_for
 from t2i_course.core.metrics import load_judge
 from t2i_course.core.training import feed, train
+from t2i_course.sweeps.codec import vqvae2 as sweep
+from t2i_course.sweeps.codec.vqvae2 import arms, one_level
 
 
 def small(**options): return VQVAE2(3, (8, 16), (16, 8), 6, **options)
@@ -200,8 +203,7 @@ def test_recipe_paints_and_measures():
 
 
 def test_experiments_speak_of_every_arm(monkeypatch):
-    from t2i_course.codec import vqvae2
-    monkeypatch.setitem(vqvae2.SWEEP, "smoke", dict(images=64, n=12, read=60))
-    keys = list(made(vqvae2))
+    monkeypatch.setitem(sweep.SWEEP, "smoke", dict(images=64, n=12, read=60))
+    keys = list(made(sweep))
     assert keys[0] == "setting" and [k for k in keys if k.startswith("arms")] == [f"arms.{a}.seed0" for a in ("two", "hidden", "one")]
     assert sum(k.startswith("where") for k in keys) == 2

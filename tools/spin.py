@@ -19,7 +19,7 @@ import sys, time
 sys.path.insert(0, sys.argv[1])
 if sys.argv[2] == "default": import torch
 import t2i_course, torch, json
-from t2i_course.core.data import load
+from t2i_course.core.sources import load
 from t2i_course.core.training import State, feed, has_bf16, train
 from t2i_course.flow.flow_matching import build, recipe_for
 images, limit, warm = int(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5])

@@ -4,21 +4,16 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'HEAD', 'tensor_bytes', 'kept_bytes', 'training_memory', 'drawing_flops', 'variety', 'entries', 'lines',
-           'text_table', 'figure', 'diffusion_arm', 'experiments']
+           'text_table', 'figure']
 
 # %% ../../nbs/13_capstone/01_report_card.ipynb #a10e99eb
 import statistics
-from functools import partial
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from ..codec.vae import lookalikes
-from ..core.data import Draws, load
-from ..core.ema import train_arm
-from ..core.metrics import evaluate, load_judge
+from ..core.data import Draws
 from ..core.plots import COLOURS, DPI, Figure, canvas
-from ..core.training import Turn, has_bf16, pick_device
-from ..diffusion.ddpm import build, drawer, recipe, times, x0
-from ..gan.adversarial import SETTINGS, SWEEP, Stacked, modes_of
+from ..core.training import Turn
 from ..gan.biggan import within_classes
 
 # %% ../../nbs/13_capstone/01_report_card.ipynb #b849f201
@@ -80,14 +75,15 @@ def variety(
     n:int=32,   # drawings of each
     seed:int=0, # handed to draw, and of the real pictures
 )->float:       # 0: every caption has one picture, 1: as varied as real pictures that show what it demands
-    "How much drawings of one caption differ, relative to real pictures that show what it demands (variance of features)"
+    "Variance of the features of one caption's drawings, relative to real pictures that show what it demands"
     many,which = [c for c in captions for _ in range(n)],torch.arange(len(captions)).repeat_interleave(n)
     drawn,real = draw(many, seed).clamp(-1, 1).cpu(),lookalikes(data, many, seed, chunk=20_000)
     return within_classes(judge.features(drawn), which)/within_classes(judge.features(real), which)
 
 # %% ../../nbs/13_capstone/01_report_card.ipynb #6b7a7083
 MEASURES = dict( # name -> how it is read from a measured row
-    obeys=lambda r: r['obedience']['all'], digit=lambda r: r['obedience']['digit'], heldout=lambda r: r['heldout']['all'],
+    obeys=lambda r: r['obedience']['all'], digit=lambda r: r['obedience']['digit'],
+    heldout=lambda r: r['heldout']['all'],
     floors=lambda r: r['fd']/r['fd_floor'], precision=lambda r: r['precision'], recall=lambda r: r['recall'],
     variety=lambda r: r['variety'],
     nearest=lambda r: r['nearest'], images=lambda r: r['images'], params=lambda r: r['params'],
@@ -107,8 +103,8 @@ def entries(
     return sorted(out, key=lambda e: -e['obeys'][0])
 
 # %% ../../nbs/13_capstone/01_report_card.ipynb #d31c0a9c
-HEAD = ('paradigm', 'recipe', 'obeys', 'held-out', 'floors', 'precision', 'recall', 'variety', 'copies', 'parameters', 'images', 'memory',
-        'calls', 'M mult-adds', 's per 1,000')
+HEAD = ('paradigm', 'recipe', 'obeys', 'held-out', 'floors', 'precision', 'recall', 'variety', 'copies',
+        'parameters', 'images', 'memory', 'calls', 'M mult-adds', 's per 1,000')
 
 def lines(
     rows:list, # as from `entries`
@@ -116,8 +112,10 @@ def lines(
     "The report card in words; the range of the seeds in brackets"
     def pc(v): return f'{100*v[0]:.1f}% ({100*v[1]:.1f})'
     def num(v): return f'{v[0]:.2f} ({v[1]:.2f})'
-    return [(e['name'], e['recipe'], pc(e['obeys']), pc(e['heldout']), num(e['floors']), num(e['precision']), num(e['recall']),
-             num(e['variety']), f"{100*e['nearest'][0]:.1f}%", f"{e['params'][0]/1e6:.2f} M", f"{e['images'][0]:,.0f}", f"{e['memory']/2**20:.0f} MB",
+    return [(e['name'], e['recipe'], pc(e['obeys']), pc(e['heldout']), num(e['floors']), num(e['precision']),
+             num(e['recall']), num(e['variety']), f"{100*e['nearest'][0]:.1f}%",
+             f"{e['params'][0]/1e6:.2f} M",
+             f"{e['images'][0]:,.0f}", f"{e['memory']/2**20:.0f} MB",
              f"{e['calls'][0]:.0f}", f"{e['multiply_adds']:,.0f}", f"{e['drawing'][0]:.1f}") for e in rows]
 
 def text_table(
@@ -126,67 +124,30 @@ def text_table(
 )->str:         # aligned columns
     "A table for a terminal"
     wide = [max(map(len, column)) for column in zip(head, *rows)]
-    return '\n'.join('  '.join(f'{v:<{w}}' if i<2 else f'{v:>{w}}' for i,(v,w) in enumerate(zip(r, wide))) for r in (head, *rows))
+    return '\n'.join('  '.join(f'{v:<{w}}' if i<2 else f'{v:>{w}}' for i,(v,w) in enumerate(zip(r, wide)))
+                     for r in (head, *rows))
 
 # %% ../../nbs/13_capstone/01_report_card.ipynb #57bb4746
 def figure(
     rows:list,  # as from `entries`
     floor:float=1., # of the Frechet distance, in floors
 )->Figure:
-    "Obedience against distance to real pictures (left), recall against what a picture costs (right); a dot is the mean of the seeds"
+    """Obedience against distance to real pictures, recall against what a picture costs; a dot is a mean of
+    seeds"""
     fig = canvas((9, 3.6), dpi=DPI, layout='constrained')
     left,right = fig.subplots(1, 2)
     for e,c in zip(rows, COLOURS):
-        left.errorbar(e['floors'][0], 100*e['obeys'][0], xerr=e['floors'][1]/2, yerr=50*e['obeys'][1], fmt='o', color=c, label=e['name'])
+        left.errorbar(e['floors'][0], 100*e['obeys'][0], xerr=e['floors'][1]/2, yerr=50*e['obeys'][1],
+                      fmt='o', color=c, label=e['name'])
         right.scatter(e['drawing'][0], e['recall'][0], s=40, color=c)
     fig.legend(loc='outside right upper', frameon=False, fontsize=8)
     left.axvline(floor, color='gray', lw=.8, ls=':')
-    left.set(xscale='log', xlabel='Frechet distance, multiples of real against real', ylabel='obeys the caption, %', title='how good')
+    left.set(xscale='log', xlabel='Frechet distance, multiples of real against real',
+             ylabel='obeys the caption, %', title='how good')
     right.set(xscale='log', xlabel='seconds per 1,000 pictures', ylabel='recall', title='at what price')
     for a in (left, right):
         a.spines[['top','right']].set_visible(False)
         a.grid(alpha=.3)
-    names = '; '.join(f"{e['name']} obeys {100*e['obeys'][0]:.0f}% at {e['floors'][0]:.1f} floors" for e in rows)
+    names = '; '.join(f"{e['name']} obeys {100*e['obeys'][0]:.0f}% at {e['floors'][0]:.1f} floors"
+                      for e in rows)
     return Figure(fig, f'Two scatter plots of the paradigms. {names}')
-
-# %% ../../nbs/13_capstone/01_report_card.ipynb #9ddb93cf
-# ---- diffusion where the adversarial chapter measures GANs ----
-def diffusion_arm(
-    data,            # captioned digits
-    scale:str,       # smoke, demo or full
-    images:int,      # training pictures
-    seed:int,        # of weights, data and noise
-    precision:str,   # fp32 or bf16
-    factor:float=1., # on the recipe's learning rate
-    beta:float=.9,   # Adam's beta_1
-    w:float=1.,      # guidance
-)->object:           # draw(captions, seed) -> (n c h w)
-    "A DDPM that guesses the clean picture, trained on as many pictures as each of the GANs it is compared with"
-    config = recipe(data.shape[0], data.words, data.size, scale)
-    config |= dict(n_layers=0, lr=factor*config['lr'], betas=(beta,.95), half_life=images/10)
-    torch.manual_seed(seed)
-    tok,den = build(config)
-    den.target = x0
-    train_arm(den, tok, data, config, images, seed, precision)
-    return drawer(den, tok, data.shape, times(config, 25), w)
-
-# %% ../../nbs/13_capstone/01_report_card.ipynb #efa36e5e
-def experiments(
-    scale:str='demo', # smoke, demo or full
-    seeds=(0,1),      # of weights, data and noise
-):                    # yields ('key.path', make), and make() gives the value
-    "Modes of stacked digits, and five settings, for diffusion: what `t2i run adversarial` measures for two GANs"
-    s,judge,precision = SWEEP[scale],load_judge('digits'),'bf16' if has_bf16(pick_device()) else 'fp32'
-    stacked,digits = Stacked(),load('digits')
-    def modes(seed):
-        draw = diffusion_arm(stacked, scale, s['images'], seed, precision)
-        return len(modes_of(draw([stacked.caption]*s['stacked'], seed).clamp(-1, 1), judge).unique())
-    def setting(factor, beta, seed):
-        draw = diffusion_arm(digits, scale, s['few'], seed, precision, factor, beta, w=2.)
-        row = evaluate(draw, digits, judge, s['n'], seed, 0)
-        return dict(factor=factor, beta=beta, fd=row['fd'], recall=row['recall'], obedience_all=row['obedience']['all'])
-    yield 'diffusion.setting',lambda: dict(images=s['images'], few=s['few'], stacked=s['stacked'], n=s['n'], precision=precision)
-    for seed in seeds:
-        yield f'diffusion.modes.seed{seed}',partial(modes, seed)
-        for i,(factor,beta) in enumerate(SETTINGS[:s['settings']]):
-            yield f'diffusion.settings.{i}.seed{seed}',partial(setting, factor, beta, seed)

@@ -9,7 +9,7 @@ __all__ = ['EMA', 'state_for', 'settle', 'train_arm']
 from contextlib import contextmanager
 import torch
 from torch import nn
-from .training import State, feed, pick_device, train
+from .training import State, feed, frozen, load_trained, pick_device, train
 
 # %% ../../nbs/01_core/04_ema.ipynb #4bcbf73b
 class EMA:
@@ -20,7 +20,8 @@ class EMA:
         ramp:float=.05,    # the half-life is at most this share of the images seen (EDM's ramp-up); inf: no warm-up
     ):
         self.half_life,self.ramp = half_life,ramp # images, a share
-        self.shadow = {k:v.detach().clone() for k,v in net.state_dict().items()}
+        still = frozen(net) # what does not learn needs no average
+        self.shadow = {k:v.detach().clone() for k,v in net.state_dict().items() if k not in still}
 
     def decay(self,
         n:int,      # images of this step
@@ -49,15 +50,21 @@ class EMA:
         "Take up a saved average; raises KeyError when a name is missing"
         for k,v in self.shadow.items(): v.copy_(tensors[k])
 
+    def give(self,
+        net:nn.Module, # the network that was trained
+    ):
+        "The averaged weights become its weights"
+        load_trained(net, self.shadow, net.state_dict().keys()-self.shadow.keys())
+
     @contextmanager
     def applied(self,
         net:nn.Module, # the network that is trained
     ):
         "Inside, the network has the averaged weights; afterwards its own again"
-        own = {k:v.clone() for k,v in net.state_dict().items()}
-        net.load_state_dict(self.shadow)
+        own = {k:v.clone() for k,v in net.state_dict().items() if k in self.shadow}
+        self.give(net)
         try: yield net
-        finally: net.load_state_dict(own)
+        finally: net.load_state_dict(own, strict=False)
 
 # %% ../../nbs/01_core/04_ema.ipynb #79242ac7
 def state_for(
@@ -65,7 +72,10 @@ def state_for(
     config:dict,      # lr, half_life; betas and weight_decay where they differ from the usual
     precision:str='fp32',
 )->State:
-    "A State with its average, as a recipe asks for it"
+    "A State with its average, as a recipe asks for it; where a model says what is trained, everything else is frozen"
+    if hasattr(model, 'trained'):
+        own = {id(p) for p in model.trained.values()}
+        for p in model.net.parameters(): p.requires_grad_(id(p) in own)
     own = {k:config[k] for k in ('betas','weight_decay') if k in config}
     return State(model.net, config['lr'], EMA(model.net, config['half_life']), precision=precision,
                  parts=getattr(model, 'parts', None), **own)
@@ -78,7 +88,7 @@ def settle(
         if state.ema is None: return
         module = state.net.get_submodule(part)
         own = {k[len(part)+1:]:v for k,v in state.ema.shadow.items() if k.startswith(part+'.')}
-        module.load_state_dict(own)
+        load_trained(module, own, module.state_dict().keys()-own.keys())
     return begin
 
 def train_arm(
@@ -98,6 +108,6 @@ def train_arm(
     records = train(state, loss or model.loss, feed(data, tok), images=images, seconds=seconds, batch=config['batch'],
                     seed=seed, clip=config.get('clip', 1.))
     losses = [r.loss for r in records]
-    model.net.load_state_dict(state.ema.shadow)
+    state.ema.give(model.net)
     tail = losses[-max(1, len(losses)//10):]
     return sum(tail)/len(tail)

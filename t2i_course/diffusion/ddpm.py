@@ -5,26 +5,24 @@
 # %% auto #0
 __all__ = ['SIZES', 'PARADIGM', 'ETA', 'linear_betas', 'Coefs', 'VP', 'view', 'eps', 'x0', 'v', 'velocity', 'solve', 'fourier',
            'ResBlock', 'UNet', 'recipe', 'text_unet', 'uniform_times', 'Denoiser', 'build', 'step', 'sample', 'times',
-           'guided', 'drawer', 'settings_of', 'vlb_weight', 'weighted', 'bits_per_dim', 'weighted_by_bound',
-           'experiments']
+           'guided', 'drawer', 'settings_of', 'vlb_weight', 'weighted', 'bits_per_dim']
 
 # %% ../../nbs/04_diffusion/01_ddpm.ipynb #3008e3c5
 import math
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core.conditioning import Cond, Conditioned, TextEncoder, WordBag, WordTokenizer, cat, count_calls, drawn_from
-from ..core.data import Draws, load
-from ..core.ema import train_arm
-from ..core.metrics import evaluate
+from ..core.conditioning import Cond, Conditioned, TextEncoder, WordBag, WordTokenizer
+from ..core.conditioning import cat, count_calls, drawn_from
+from ..core.data import Draws
 
 # %% ../../nbs/04_diffusion/01_ddpm.ipynb #8d5ee1bb
 def linear_betas(
     n_steps:int=1000, # steps of the chain, more than 20
 )->Tensor:            # (n_steps) float64 noise variances
-    "beta_1=1e-4 to beta_T=0.02, both ends included (Ho et al. 2020, section 4), the ends rescaled for another T"
+    "beta_1=1e-4 to beta_T=0.02, both ends included (Ho et al. 2020, section 4), rescaled for another T"
     k = 1000/n_steps
     return torch.linspace(1e-4*k, .02*k, n_steps, dtype=torch.float64)
 
@@ -43,7 +41,7 @@ class VP:
         betas:Tensor, # (T) noise variance of each step
     ):
         self.betas = betas
-        log_abar = torch.log1p(-betas.double()).clamp_min(-1e4).cumsum(0) # a beta of 1 leaves alpha = 0, not NaN
+        log_abar = torch.log1p(-betas.double()).clamp_min(-1e4).cumsum(0) # a beta of 1: alpha = 0, not NaN
         self.log_abar = torch.cat([log_abar.new_zeros(1), log_abar]) # (T+1), entry i: after i steps
         self.n_steps = len(betas)
     def abar(self, i:Tensor)->Tensor: # alpha-bar after i steps, i in 0..T
@@ -327,14 +325,15 @@ def guided(
     below:float=1., # guide only while t is at most this
     boost:float=1., # with a skip: see `Denoiser.predict`
 )->object:          # predict(x_t, t) -> x0_hat, eps_hat
-    "Classifier-free guidance, u + w (c - u): Stable Diffusion's w, one larger than in Ho and Salimans 2022, eq. 6"
+    "Classifier-free guidance, u + w (c - u): Stable Diffusion's w, one more than in Ho and Salimans 2022"
     null = den.null.map(lambda f: f.expand(len(cond), *f.shape[1:]))
     if w==0: cond,w = null,1. # nothing of the caption, outside the interval too
     both = cat(cond, null)
     def predict(x_t, t):
         far = boost if t[0]>above else 1.
         if w==1 or not above<t[0]<=below: return den.predict(x_t, t, cond, far)
-        (xc,xu),(ec,eu) = (o.chunk(2) for o in den.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both, far))
+        out = den.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both, far)
+        (xc,xu),(ec,eu) = (o.chunk(2) for o in out)
         x0,eps = xu+w*(xc-xu),eu+w*(ec-eu)
         if hold: x0 = x0.clamp(xc.amin((2,3), keepdim=True), xc.amax((2,3), keepdim=True))
         return x0,eps
@@ -362,7 +361,7 @@ def drawer(
     walk = sampler or partial(sample, eta=eta, large=large, clamp=clamp)
     def paint(cond, draws):
         c = den.process.coefs(torch.as_tensor(ts[:1], dtype=torch.float32, device=draws.device))
-        start = draws.normal('start', *shape)*(c.alpha**2+c.sigma**2).sqrt() # what data of variance 1 would be there
+        start = draws.normal('start', *shape)*(c.alpha**2+c.sigma**2).sqrt() # as of data of variance 1
         predict = guide(den, cond) if guide else guided(den, cond, w, above, hold, below, boost)
         *_,x = walk(predict, den.process, start, ts, draws=draws)
         return x
@@ -382,10 +381,10 @@ def vlb_weight(
     process:VP, # the chain
     t:Tensor,   # (b) time; the step that ends at or after it
 )->Tensor:      # (b) nats per unit of squared error, summed over the chain
-    "The bound's weight on the error of eps: T/2 (SNR(s)/SNR(t) - 1), s one step before t (Kingma et al. 2021, arXiv:2107.00630)"
+    "The bound's weight on the error of eps: T/2 (SNR(s)/SNR(t) - 1), s one step before t (arXiv:2107.00630)"
     i = (t.detach().cpu().double()*process.n_steps).ceil().long().clamp(1, process.n_steps)
     now,before = process.abar(i),process.abar(i-1)
-    ratio = torch.where(i>1, before/(1-before)*(1-now)/now, 1+1/now) # step 1, the decoder, has variance beta_1
+    ratio = torch.where(i>1, before/(1-before)*(1-now)/now, 1+1/now) # step 1, the decoder: variance beta_1
     return (process.n_steps/2*(ratio-1)).to(t.device, torch.float32)
 
 def weighted(
@@ -404,7 +403,7 @@ def bits_per_dim(
     draws:Draws, # random numbers of these samples
     n:int=32,    # times a picture at which the bound is looked at
 )->Tensor:       # (b)
-    "An upper bound on the negative log-likelihood with the posterior's variance (Ho et al. 2020, eq. 5 and 13)"
+    "An upper bound on the negative log-likelihood, with the posterior's variance (Ho et al. 2020, eq. 5, 13)"
     T = den.process.n_steps
     x0 = ((x0+1)*127.5).round()/127.5-1
     def error(i, stream):
@@ -424,46 +423,3 @@ def bits_per_dim(
     a = den.process.abar(torch.tensor(T))
     prior = (a*x0.double().square()-a-torch.log1p(-a)).flatten(1).mean(1)/2 # KL of q(x_T | x0) from N(0, 1)
     return (prior+total.double()-p.clamp_min(1e-12).log().flatten(1).mean(1))/math.log(2)
-
-# %% ../../nbs/04_diffusion/01_ddpm.ipynb #43e500db
-def weighted_by_bound(
-    den:Denoiser, # on a VP process
-):                # loss(x0, cond, draws) -> (b)
-    "The loss with the bound's weights, divided by their mean so that the learning rate fits both"
-    T = den.process.n_steps
-    mean = vlb_weight(den.process, (torch.arange(T)+.5)/T).mean()
-    return weighted(den, lambda t: vlb_weight(den.process, t)/mean)
-
-# %% ../../nbs/04_diffusion/01_ddpm.ipynb #e75a015c
-def experiments(
-    scale:str='demo', # smoke, demo or full
-    seeds=(0,1),      # a run each
-):                    # yields (key, make), and make() gives the value
-    "The sweeps of the DDPM chapter on digits: target, weighting of the loss, variance of the sampler"
-    data = load('digits')
-    n,images = dict(smoke=(32,320), demo=(400,30_000), full=(10_000,1_000_000))[scale]
-    config = recipe(data.shape[0], data.words, scale=scale)
-    arms = dict(eps=(eps, False), x0=(x0, False), v=(v, False), vlb=(eps, True)) # target, weighted by the bound
-    @lru_cache(1) # all keys of an arm ask for its model
-    def trained(arm, seed):
-        torch.manual_seed(seed)
-        (tok,den),(target,by_bound) = build(config),arms[arm]
-        den.target = target
-        train_arm(den, tok, data, config, images, seed, loss=by_bound and weighted_by_bound(den))
-        return tok,den
-    def objective(arm, seed):
-        tok,den = trained(arm, seed)
-        draw = drawer(den, tok, data.shape, times(config, 25), config['guidance'])
-        test = data.batch('test', Draws(seed, torch.arange(min(n, 256))))
-        bits = bits_per_dim(den, test.x, tok(test.captions), Draws(seed, torch.arange(len(test.x))))
-        return dict(evaluate(draw, data, n=n), bits=bits.mean().item())
-    def variance(large, n_steps, seed):
-        tok,den = trained('eps', seed)
-        return evaluate(drawer(den, tok, data.shape, times(config, n_steps), large=large), data, n=2*n//5)
-    for seed in seeds:
-        for arm in arms:
-            yield f'objective.{arm}.seed{seed}',partial(objective, arm, seed)
-            if arm!='eps': continue
-            for n_steps in (50,) if scale=='smoke' else (50,1000):
-                for name,large in dict(posterior=False, beta=True).items():
-                    yield f'variance.{name}.{n_steps}.seed{seed}',partial(variance, large, n_steps, seed)

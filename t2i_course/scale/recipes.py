@@ -6,7 +6,7 @@
 __all__ = ['PEAKS', 'PRICES', 'STORES', 'TOLD', 'PRESETS', 'Kept', 'kept', 'count', 'n_params', 'of_recipe', 'memory',
            'allocated', 'most', 'macs', 'hours', 'cost', 'measured_peak', 'of_published', 'stored', 'restored',
            'make_shard', 'prepare', 'is_shards', 'epoch_groups', 'mixed', 'numbers', 'Shards', 'Whole', 'command',
-           'slurm', 'preset_row', 'experiments']
+           'slurm', 'preset_row']
 
 # %% ../../nbs/12_scale/04_recipes.ipynb #6781b354
 import contextlib, hashlib, io, json, os, time
@@ -23,7 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from ..core.conditioning import Cond, raw_cond
-from ..core.data import Batch, CourseError, Draws, check_split, is_path, load, not_written
+from ..core.data import Batch, Draws, check_split
+from ..core.files import CourseError, not_written
+from ..core.sources import is_path, load
 from ..core.metrics import fingerprint
 from .fsdp import shard_bytes, units
 
@@ -218,7 +220,7 @@ def measured_peak(
     n:int=768,          # side of the matrices
     seconds:float=.4,   # how long to look
 )->float:               # FLOP/s
-    "The fastest of many matrix products and convolutions: the roof of this machine. On some processors convolutions are faster"
+    "The roof of this machine: the fastest of many matrix products and convolutions (which is best varies)"
     a,b,x = torch.randn(n, n).to(dtype),torch.randn(n, n).to(dtype),torch.randn(64, 64, 16, 16).to(dtype)
     conv,best = nn.Conv2d(64, 64, 3, padding=1).to(dtype).to(memory_format=torch.channels_last),0.
     x = x.contiguous(memory_format=torch.channels_last)
@@ -242,27 +244,35 @@ def of_published(
     def squared(out): return out.float().square().flatten(1).mean(1)
     if name=='sd15':
         return (unet(sample_size=64, cross_attention_dim=768),
-                lambda net,b: squared(net(torch.empty(b, 4, 64, 64), torch.ones(b), torch.empty(b, 77, 768)).sample))
+                lambda net,b: squared(
+                    net(torch.empty(b, 4, 64, 64), torch.ones(b), torch.empty(b, 77, 768)).sample))
     if name=='sdxl':
-        make = unet(sample_size=128, block_out_channels=(320,640,1280), cross_attention_dim=2048, transformer_layers_per_block=(1,2,10),
-                    down_block_types=('DownBlock2D','CrossAttnDownBlock2D','CrossAttnDownBlock2D'), attention_head_dim=(5,10,20),
-                    up_block_types=('CrossAttnUpBlock2D','CrossAttnUpBlock2D','UpBlock2D'), use_linear_projection=True,
-                    addition_embed_type='text_time', addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
+        make = unet(sample_size=128, block_out_channels=(320,640,1280), cross_attention_dim=2048,
+                    transformer_layers_per_block=(1,2,10),
+                    down_block_types=('DownBlock2D','CrossAttnDownBlock2D','CrossAttnDownBlock2D'),
+                    attention_head_dim=(5,10,20),
+                    up_block_types=('CrossAttnUpBlock2D','CrossAttnUpBlock2D','UpBlock2D'),
+                    use_linear_projection=True, addition_embed_type='text_time', addition_time_embed_dim=256,
+                    projection_class_embeddings_input_dim=2816)
         def call(net, b):
             told = dict(text_embeds=torch.empty(b, 1280), time_ids=torch.empty(b, 6))
-            return squared(net(torch.empty(b, 4, 128, 128), torch.ones(b), torch.empty(b, 77, 2048), added_cond_kwargs=told).sample)
+            return squared(net(torch.empty(b, 4, 128, 128), torch.ones(b), torch.empty(b, 77, 2048),
+                               added_cond_kwargs=told).sample)
         return make,call
     if name=='sd3':
-        make = lambda: d.SD3Transformer2DModel(sample_size=128, num_layers=24, attention_head_dim=64, num_attention_heads=24,
-                                               caption_projection_dim=1536, pos_embed_max_size=192)
+        make = lambda: d.SD3Transformer2DModel(sample_size=128, num_layers=24, attention_head_dim=64,
+                                               num_attention_heads=24, caption_projection_dim=1536,
+                                               pos_embed_max_size=192)
         def call(net, b):
-            return squared(net(torch.empty(b, 16, 128, 128), torch.empty(b, 154, 4096), torch.empty(b, 2048), torch.ones(b)).sample)
+            return squared(net(torch.empty(b, 16, 128, 128), torch.empty(b, 154, 4096), torch.empty(b, 2048),
+                               torch.ones(b)).sample)
         return make,call
     if name=='flux':
         make = lambda: d.FluxTransformer2DModel(guidance_embeds=True)
         def call(net, b):
-            return squared(net(torch.empty(b, 4096, 64), torch.empty(b, 512, 4096), torch.empty(b, 768), torch.ones(b),
-                               torch.zeros(4096, 3), torch.zeros(512, 3), torch.ones(b)).sample)
+            return squared(net(torch.empty(b, 4096, 64), torch.empty(b, 512, 4096), torch.empty(b, 768),
+                               torch.ones(b), torch.zeros(4096, 3), torch.zeros(512, 3),
+                               torch.ones(b)).sample)
         return make,call
     raise CourseError(f"published networks are sd15, sdxl, sd3 and flux; got '{name}'")
 
@@ -592,8 +602,10 @@ def command(
     if nodes>1: where = (f'--nnodes {nodes} {where} --rdzv-backend c10d --rdzv-id "${{SLURM_JOB_ID:-1}}" '
                          f'--rdzv-endpoint "{host}:29500"')
     else: where = '--standalone '+where
-    said = ' '.join(f'--{k.replace("_", "-")}'+('' if v is True else f' {v}') for k,v in options.items() if v is not False)
-    return f'torchrun {where} -m t2i_course train {recipe} --scale full --shard {shard} --precision {precision} {said}'.strip()
+    said = ' '.join(f'--{k.replace("_", "-")}'+('' if v is True else f' {v}')
+                    for k,v in options.items() if v is not False)
+    train = f'train {recipe} --scale full --shard {shard} --precision {precision} {said}'
+    return f'torchrun {where} -m t2i_course {train}'.strip()
 
 def slurm(
     recipe:str,     # as for `t2i train`
@@ -603,7 +615,8 @@ def slurm(
     cpus:int=8,     # cores for each GPU
     **options,      # as for `command`
 )->str:             # a bash script for sbatch
-    "One torchrun on every machine; they meet at the first. After a lost machine --requeue and --resume go on from the last checkpoint"
+    """One torchrun a machine; they meet at the first. After a loss --requeue and --resume go on from the
+    last checkpoint"""
     line = command(recipe, gpus, nodes, **options)+' --resume'
     return f'''#!/bin/bash
 #SBATCH --job-name={recipe}
@@ -622,10 +635,13 @@ srun {line}
 '''
 
 # %% ../../nbs/12_scale/04_recipes.ipynb #be9b0a03
-PRESETS = ( # recipe, module, data, pictures, machines x GPUs, how: what `t2i train RECIPE --scale full` is meant for
+# recipe, module, data, pictures, machines x GPUs, how: what `t2i train RECIPE --scale full` is meant for
+PRESETS = (
     dict(recipe='ddpm', module='diffusion.ddpm', data='painted', images=50_000_000, gpus=1, shard='ddp'),
-    dict(recipe='flow_matching', module='flow.flow_matching', data='painted', images=50_000_000, gpus=1, shard='ddp'),
-    dict(recipe='flow_matching', module='flow.flow_matching', data='painted2', images=200_000_000, gpus=8, shard='ddp'),
+    dict(recipe='flow_matching', module='flow.flow_matching', data='painted', images=50_000_000, gpus=1,
+         shard='ddp'),
+    dict(recipe='flow_matching', module='flow.flow_matching', data='painted2', images=200_000_000, gpus=8,
+         shard='ddp'),
     dict(recipe='dit', module='transformer.dit', data='painted', images=200_000_000, gpus=8, shard='fsdp'),
 )
 
@@ -636,27 +652,14 @@ def preset_row(
 )->dict:             # what the run takes, computed from the recipe itself
     "Parameters, multiply-adds, memory, hours and dollars of a run that has not been made"
     mod,data = import_module(f"t2i_course.{preset['module']}"),load(preset['data'])
-    config = (mod.recipe_for(data, 'full') if hasattr(mod, 'recipe_for') else mod.recipe(data.shape[0], data.words, data.size, 'full'))
+    config = (mod.recipe_for(data, 'full') if hasattr(mod, 'recipe_for')
+              else mod.recipe(data.shape[0], data.words, data.size, 'full'))
     config |= dict(shape=list(data.shape))
     make,call = of_recipe(config, mod.build)
     c,m = count(make, call, ('bf16',)),macs(make, call)
     h = hours(preset['images'], m, PEAKS[gpu], mfu, preset['gpus'])
     peak = memory(c, config['batch'], preset['gpus'], preset['shard'], 'bf16')['peak']
-    return dict(recipe=preset['recipe'], data=preset['data'], batch=config['batch'], lr=config['lr'], images=preset['images'],
-                hardware=f"{preset['gpus']} x {gpu}", params=n_params(c), macs=m, memory=peak, hours=h, dollars=cost(h, preset['gpus']))
-
-# %% ../../nbs/12_scale/04_recipes.ipynb #1c0aa139
-def experiments(
-    scale:str='demo', # smoke, demo or full
-    seeds=(0,1),      # unused: counting has no luck in it
-):                    # yields ('key.path', make), and make() gives the value
-    "Sizes of the published networks, counted with fake tensors: parameters, multiply-adds, memory of a training step"
-    def published(name):
-        make,call = of_published(name)
-        c = count(make, call, ('bf16',))
-        found = dict(params=n_params(c), macs=macs(make, call), kept=c['bf16'])
-        for shard,world,ckpt in (('none',1,False), ('none',1,True), ('fsdp',8,True), ('fsdp',64,True)):
-            found[f'{shard}.{world}.{"checkpointed" if ckpt else "kept"}'] = memory(c, world, world, shard, 'bf16', ckpt)
-        return found
-    yield 'setting',lambda: dict(peaks=PEAKS, prices=list(PRICES), precision='bf16')
-    for name in ('sd15',) if scale=='smoke' else ('sd15','sdxl','sd3','flux'): yield f'published.{name}',partial(published, name)
+    return dict(recipe=preset['recipe'], data=preset['data'], batch=config['batch'], lr=config['lr'],
+                images=preset['images'], hardware=f"{preset['gpus']} x {gpu}", params=n_params(c), macs=m,
+                memory=peak, hours=h,
+                dollars=cost(h, preset['gpus']))

@@ -1,0 +1,67 @@
+"Modes of stacked digits, and five settings, for diffusion: what the adversarial chapter measures for GANs."
+
+from functools import partial
+
+import torch
+
+from t2i_course.core.sources import load
+from t2i_course.core.ema import train_arm
+from t2i_course.core.metrics import evaluate, load_judge
+from t2i_course.core.training import has_bf16, pick_device
+from t2i_course.diffusion.ddpm import build, drawer, recipe, times, x0
+from t2i_course.gan.adversarial import Stacked, modes_of
+from t2i_course.sweeps.gan.adversarial import SETTINGS, SWEEP
+
+
+# ---- diffusion where the adversarial chapter measures GANs ----
+def diffusion_arm(
+    data,  # captioned digits
+    scale: str,  # smoke, demo or full
+    images: int,  # training pictures
+    seed: int,  # of weights, data and noise
+    precision: str,  # fp32 or bf16
+    factor: float = 1.0,  # on the recipe's learning rate
+    beta: float = 0.9,  # Adam's beta_1
+    w: float = 1.0,  # guidance
+) -> object:  # draw(captions, seed) -> (n c h w)
+    "A DDPM that guesses the clean picture, trained on as many pictures as each GAN it is compared with"
+    config = recipe(data.shape[0], data.words, data.size, scale)
+    config |= dict(n_layers=0, lr=factor * config["lr"], betas=(beta, 0.95), half_life=images / 10)
+    torch.manual_seed(seed)
+    tok, den = build(config)
+    den.target = x0
+    train_arm(den, tok, data, config, images, seed, precision)
+    return drawer(den, tok, data.shape, times(config, 25), w)
+
+
+def experiments(
+    scale: str = "demo",  # smoke, demo or full
+    seeds=(0, 1),  # of weights, data and noise
+):  # yields ('key.path', make), and make() gives the value
+    "Modes of stacked digits, and five settings: what `t2i run adversarial` measures for two GANs"
+    s, judge, precision = SWEEP[scale], load_judge("digits"), "bf16" if has_bf16(pick_device()) else "fp32"
+    stacked, digits = Stacked(), load("digits")
+
+    def modes(seed):
+        draw = diffusion_arm(stacked, scale, s["images"], seed, precision)
+        return len(modes_of(draw([stacked.caption] * s["stacked"], seed).clamp(-1, 1), judge).unique())
+
+    def setting(factor, beta, seed):
+        draw = diffusion_arm(digits, scale, s["few"], seed, precision, factor, beta, w=2.0)
+        row = evaluate(draw, digits, judge, s["n"], seed, 0)
+        return dict(
+            factor=factor,
+            beta=beta,
+            fd=row["fd"],
+            recall=row["recall"],
+            obedience_all=row["obedience"]["all"],
+        )
+
+    yield (
+        "diffusion.setting",
+        lambda: dict(images=s["images"], few=s["few"], stacked=s["stacked"], n=s["n"], precision=precision),
+    )
+    for seed in seeds:
+        yield f"diffusion.modes.seed{seed}", partial(modes, seed)
+        for i, (factor, beta) in enumerate(SETTINGS[: s["settings"]]):
+            yield f"diffusion.settings.{i}.seed{seed}", partial(setting, factor, beta, seed)

@@ -1,0 +1,212 @@
+"The sweeps of the samplers chapter: quality against calls, eta, spacing, inversion, learned variance."
+
+import math
+import time
+from functools import cache, lru_cache, partial
+
+import torch
+
+from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
+from t2i_course.core.ema import train_arm
+from t2i_course.core.metrics import at_most, evaluate, judge_for, reference
+from t2i_course.core.training import has_bf16, pick_device
+from t2i_course.diffusion.ddpm import build, drawer, guided, recipe, sample, v
+from t2i_course.diffusion.samplers import (
+    SAMPLERS,
+    bits_with,
+    build_learned,
+    dpmpp_2m,
+    heun,
+    inversion_error,
+    leading,
+    rho_times,
+    solver_errors,
+    steps_for,
+    three,
+    uniform,
+    varied,
+)
+
+CALLS = (5, 8, 10, 15, 20, 50, 100)
+SWEEP = dict(
+    smoke=dict(
+        images=192,  # of training
+        n=16,  # drawings of a row
+        nfe=(3, 5),  # calls of the network
+        long=(6,),  # calls of the two samplers that may need them
+        learned=(3, 4),  # steps with a learned variance
+        pictures=4,  # that are inverted
+        invert=(3, 5),  # steps up, and as many down
+        look=4,  # pictures whose bits are counted
+    ),
+    demo=dict(
+        images=60_000,
+        n=400,
+        nfe=CALLS,
+        long=(250, 1000),
+        learned=(5, 10, 25, 50, 100),
+        pictures=64,
+        invert=(10, 20, 50, 100),
+        look=128,
+    ),
+    full=dict(
+        images=4_000_000,
+        n=10_000,
+        nfe=CALLS,
+        long=(250, 1000),
+        learned=(10, 25, 50, 100, 200, 400, 1000),
+        pictures=1000,
+        invert=(10, 20, 50, 100, 200, 500),
+        look=1000,
+    ),
+)
+
+
+def base_sweep(
+    base,  # base() -> tokenizer, trained Denoiser
+    short,  # short(tok, den, sampler, ts) -> a short row
+    data,  # captioned pictures
+    s: dict,  # a row of SWEEP
+    etas,  # numbers of steps of the sweep over eta
+    fine: int,  # steps of the ODE's solution
+    seed: int,  # of the noise
+):  # yields (key, make)
+    "Everything that is measured on one model: samplers, eta, spacing, inversion"
+
+    def look(sampler, grid, n, **about):
+        tok, den = base()
+        return short(tok, den, sampler, grid(den.process, n)) | about
+
+    for nfe in s["nfe"] + s["long"]:
+        for name, sampler in SAMPLERS.items():
+            if nfe in s["long"] and name not in ("ancestral", "ddim"):
+                continue
+            n = steps_for(sampler, nfe)
+            calls = 2 * n - 1 if sampler is heun else n
+            yield f"nfe.{name}.{nfe}", partial(look, sampler, uniform, n, steps=n, calls=calls)
+    for n in etas:
+        for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+            yield f"eta.{n}.{int(100 * share)}", partial(look, partial(sample, eta=share), uniform, n)
+    grids = dict(uniform=uniform, leading=leading, rho7=rho_times, log_snr=partial(rho_times, rho=math.inf))
+    for name, grid in grids.items():
+        for way in ("ddim", "heun", "dpmpp_2m"):
+            yield f"spacing.{name}.{way}", partial(look, SAMPLERS[way], grid, steps_for(SAMPLERS[way], 10))
+    yield from inversions(base, data, s, fine, seed)
+
+
+def inversions(
+    base,  # base() -> tokenizer, trained Denoiser
+    data,  # captioned pictures
+    s: dict,  # a row of SWEEP
+    fine: int,  # steps of the ODE's solution
+    seed: int,  # of pictures and noise
+):  # yields (key, make)
+    "How far samplers are from the ODE's solution, and how well pictures come back from their noise"
+
+    @cache
+    def test():
+        b, (tok, _) = data.batch("test", Draws(seed, torch.arange(s["pictures"]))), base()
+        return b.x, tok(b.captions)
+
+    @cache
+    def solved():
+        (_, den), (_, cond) = base(), test()
+        noise = Draws(seed, torch.arange(len(cond))).normal("start", *data.shape)
+        return solver_errors(guided(den, cond), den.process, noise, s["nfe"], fine)
+
+    def inverted(name, n):
+        (tok, den), (x, cond) = base(), test()
+        plain, loud, silent = guided(den, cond), guided(den, cond, 3.0), guided(den, tok([""] * len(cond)))
+        up, rounds, down = dict(
+            caption=(plain, 1, None),
+            empty=(silent, 1, None),
+            guided=(loud, 1, None),
+            caption_4_rounds=(plain, 4, None),
+            guided_down_only=(plain, 1, loud),
+        )[name]
+        off, std = inversion_error(up, den.process, x, n, rounds, down)
+        return dict(rms=off, noise_std=std)
+
+    for name in ("ddim", "heun", "dpmpp_2m"):
+        yield f"solver.{name}", lambda name=name: solved()[name]
+    for n in s["invert"]:
+        for name in ("caption", "empty", "guided", "caption_4_rounds", "guided_down_only"):
+            yield f"inversion.{name}.{n}", partial(inverted, name, n)
+
+
+def experiments(
+    scale: str = "demo",  # smoke, demo or full
+    seeds=(0, 1),  # of weights, data and start noise
+):  # yields ('key.path', make), and make() gives the value
+    "Samplers against calls of the network, eta, spacing, inversion, learned variance"
+    s, data = SWEEP[scale], load("digits")
+    judge, config = judge_for(data), recipe(data.shape[0], data.words, scale=scale)
+    precision = "bf16" if has_bf16(pick_device()) else "fp32"
+    etas, fine = (s["nfe"][:1], 10) if scale == "smoke" else ((10, 50), 250)
+
+    def row(seed, tok, den, sampler, ts, guide=None):
+        draw = drawer(den, tok, data.shape, ts, sampler=sampler, guide=guide)
+        return evaluate(draw, data, judge, s["n"], seed)
+
+    def short(*args):
+        o = row(*args)
+        return {k: o[k] for k in ("fd", "precision", "recall")} | dict(obedience=o["obedience"]["all"])
+
+    def setting():
+        floor = reference(data, judge, at_most(data, s["n"]))["fd_floor"]
+        about = dict(images=s["images"], n=s["n"], precision=precision, seeds=list(seeds))
+        return about | dict(guidance=1.0, base="target v, linear betas", fd_floor=floor)
+
+    @lru_cache(1)  # all that is measured on a model follows it
+    def trained(seed):
+        torch.manual_seed(seed)
+        tok, den = build(config)
+        den.target = v
+        begin = time.perf_counter()
+        train_arm(den, tok, data, config, s["images"], seed, precision)
+        return tok, den, time.perf_counter() - begin
+
+    def full_row(seed):
+        tok, den, took = trained(seed)
+        made = dict(recipe="ddpm, target v, dpmpp_2m", params=sum(p.numel() for p in den.net.parameters()))
+        made |= dict(images=s["images"], train_seconds=took, nfe=20)
+        return row(seed, tok, den, dpmpp_2m, uniform(den.process, 20)) | made
+
+    @lru_cache(1)
+    def learned(arm, seed):
+        torch.manual_seed(seed)
+        tok, den = build_learned(config)
+        if arm == "simple":
+            den.hybrid = 0.0
+        train_arm(den, tok, data, config, s["images"], seed, precision)
+        return tok, den
+
+    @lru_cache(1)
+    def all_bits(arm, seed, shares):
+        (tok, den), draws = learned(arm, seed), Draws(seed, torch.arange(s["look"]))
+        look = data.batch("test", draws)
+        draws = Draws(seed, torch.arange(len(look.x)))
+        return bits_with(den, look.x, tok(look.captions), draws, list(shares), 64)
+
+    def bits(arm, seed, shares, i):
+        return all_bits(arm, seed, shares)[i].mean().item()
+
+    def drawn(arm, seed, share, n):
+        tok, den = learned(arm, seed)
+        return short(seed, tok, den, partial(varied, share=share), uniform(den.process, n), three)
+
+    yield "setting", setting
+    for seed in seeds:
+        yield f"rows.seed{seed}", partial(full_row, seed)
+        for key, make in base_sweep(
+            lambda seed=seed: trained(seed)[:2], partial(short, seed), data, s, etas, fine, seed
+        ):
+            yield f"{key}.seed{seed}", make
+        for arm in ("hybrid", "simple"):
+            shares = dict(posterior=0.0, beta=1.0) | (dict(learned=None) if arm == "hybrid" else {})
+            for i, name in enumerate(shares):
+                yield f"bits.{arm}.{name}.seed{seed}", partial(bits, arm, seed, tuple(shares.values()), i)
+            for name, share in shares.items():
+                for n in s["learned"]:
+                    yield f"learned.{arm}.{name}.{n}.seed{seed}", partial(drawn, arm, seed, share, n)
