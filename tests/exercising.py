@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import CodeType, FunctionType, GeneratorType
 
 import torch
+from t2i_course.core.exercises import verdict
 
 SKIPPED = ("notest", "slow", "gpu")
 
@@ -126,29 +127,10 @@ def exercises(chapter):
 
 # --- Putting an answer to a checker ---
 
-def own_codes(answer):
-    "The code objects of an answer: of a function and what is defined in it, of the methods of a class."
-    functions = [answer] if isinstance(answer, FunctionType) else \
-        [f for kind in answer.__mro__ for f in vars(kind).values() if isinstance(f, FunctionType)] if isinstance(answer, type) else []
-    return {code for function in functions for code in (function.__code__, *codes_in(function.__code__))}
-
-
-def verdict(check, answer):
-    """What a checker says: (verdict, message).
-
-    right; your turn; rejected (an AssertionError of the checker); misfit (what came back cannot be used: the checker raises
-    something else); crash (the answer's own code raises)."""
+def put(check, answer):
+    "The page's verdict on an answer, quietly, and with the same random numbers for every answer."
     torch.manual_seed(0)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()): check(answer)
-    except NotImplementedError: return "your turn", ""
-    except Exception as e:
-        frames, step = [], e.__traceback__
-        while step: frames, step = [*frames, step.tb_frame.f_code], step.tb_next
-        own = own_codes(answer)
-        if isinstance(e, AssertionError): return ("crash" if frames[-1] in own else "rejected"), str(e)
-        return ("crash" if own & set(frames) else "misfit"), f"{type(e).__name__}: {e}"
-    return "right", ""
+    with contextlib.redirect_stdout(io.StringIO()): return verdict(check, answer)
 
 
 def snapshot(value):
@@ -175,7 +157,7 @@ def answers_without_thought(exercise):
         value = right(*args, **kwargs)
         seen.append((bool(args or kwargs), snapshot(value)))
         return value
-    verdict(exercise.proof, watched)
+    put(exercise.proof, watched)
     found = {"None": lambda *_, **__: None, "0": lambda *_, **__: 0}
     values = [value for _, value in seen if value is not None and not isinstance(value, (FunctionType, GeneratorType))]
     if not values: return found
