@@ -21,7 +21,7 @@ from ..core.files import CourseError, write_json
 from ..core.sources import load
 from ..core.ema import state_for
 from ..core.training import ALONE, Alone, feed, train
-from ..diffusion.ddpm import build, recipe
+from ..diffusion.ddpm import build, recipe_for
 
 # %% ../../nbs/12_scale/02_fsdp.ipynb #9ac61493
 # ---- which share of the work is mine ----
@@ -248,7 +248,7 @@ def trial(
 ):
     "A few steps of DDPM on digits; with equal options the same run, whoever shares it"
     data = load('digits')
-    config = recipe(data.shape[0], data.words, scale='smoke')
+    config = recipe_for(data, 'smoke')
     torch.manual_seed(0)
     tok,den = build(config)
     if double: den.net.double()
