@@ -56,7 +56,7 @@ def claim_demo_folder(
 
 
 def made_by_demo(out: Path) -> bool:
-    "By its mark; earlier versions wrote it into the config, or left none in the folder that is the demo's by name"
+    "By its mark; earlier versions wrote it into the config, or left none in the demo's usual folder"
     if (out / MARK).exists():
         return True
     try:
@@ -148,5 +148,5 @@ def judged(
     each: float,  # seconds that a drawing takes here
     most: int,  # drawings on a fast machine
 ) -> int:
-    "How many captions: as many again are drawn of held-out pairs and their partners, a fifth as many of training captions"
+    "How many captions: as many again are drawn of held-out pairs and their partners, a fifth of seen ones"
     return max(min(most, 200), min(most, int(PATIENCE / (2.2 * each)) // 100 * 100))

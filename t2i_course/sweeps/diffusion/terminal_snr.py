@@ -1,4 +1,6 @@
-"The sweep of the terminal SNR chapter: how bright a drawing each schedule, target, spacing and offset allows."
+"The sweep of the terminal SNR chapter: how bright a drawing each schedule, target, spacing and offset"
+
+"allows."
 
 import time
 from functools import lru_cache, partial
