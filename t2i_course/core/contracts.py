@@ -47,13 +47,11 @@ class Codec(Protocol):
         ...
 
     def encode(self, x: Tensor) -> Tensor:
-        "Pictures (b c h w) to z: deterministic, what is kept on disk. Codes are int64 (b h w), or a"
-        "tuple of such"
+        "Pictures (b c h w) to z: deterministic, kept on disk. Codes are int64 (b h w), or a tuple of such"
         ...
 
     def sample(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
-        "z to x0, what a model learns: a whitened draw from the posterior; without noise its mean. Codes"
-        "stay codes"
+        "z to x0, what a model learns: a whitened draw from the posterior; no noise: its mean. Codes stay codes"
         ...
 
     def decode(self, x0: Tensor) -> Tensor:

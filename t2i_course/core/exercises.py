@@ -24,7 +24,7 @@ def verdict(
     check,  # check(answer) raises AssertionError when the answer is wrong
     answer,  # what the reader wrote
 ):
-    """(kind, why) of an answer: right; your turn (nothing written yet); rejected, by an assertion of the checker;
+    """(kind, why) of an answer: right; your turn (nothing written); rejected, by an assertion of the checker;
     misfit, when the checker cannot use what came back; crash, when the answer's own code raises"""
     try:
         check(answer)

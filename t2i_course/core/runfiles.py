@@ -35,8 +35,7 @@ def read_json(
 def read_config(
     run,  # a run folder
 ) -> Config:  # its config.json, in the class of its recipe
-    "The settings of a run, its data with their whole path; unknown and missing fields are refused with"
-    "a sentence"
+    "The settings of a run, its data with their whole path; unknown and missing fields are refused"
     values = read_json(run)
     if is_path(values.get("data", "")):
         values["data"] = str(place_of(run, values["data"]))

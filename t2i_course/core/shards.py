@@ -168,8 +168,7 @@ class Shards:
         return Batch(self.pictures(parts, draws), captions, attrs, named, more)
 
     def told(self):  # data(draws) -> x0, cond
-        "For `train` in place of feed(data, tok): pictures, and what the text encoder once said to their"
-        "captions"
+        "For `train` in place of feed(data, tok): pictures, and what the encoder once said to their captions"
         if not self.about["text"]:
             raise CourseError(
                 f"{self.folder} holds no text embeddings: prepare it with text=, or train on feed(shards, "

@@ -80,8 +80,7 @@ def demo(
     out="runs/demo",  # run folder; an earlier demo that it holds is replaced
     images=None,  # pictures to train on; default 40,000
 ) -> dict:  # the measured row
-    "Train on painted digits, draw typed prompts, measure: a minute on a fast machine, at most four on a"
-    "slow one"
+    "Train on painted digits, draw prompts, measure: a minute on a fast machine, at most four on a slow one"
     with claim_demo_folder(Path(out)):
         return make_demo(seconds, Path(out), images)
 
