@@ -1,4 +1,4 @@
-"How bright a drawing each schedule, target, spacing and offset allows: the sweep of the terminal SNR chapter."
+"How bright a drawing each schedule, target, spacing and offset allows: the terminal SNR sweep."
 
 import time
 from functools import lru_cache, partial
