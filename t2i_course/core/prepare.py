@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from t2i_course.core.conditioning import Cond
 from t2i_course.core.data import Draws, check_split
-from t2i_course.core.files import CourseError, write_json, write_whole
-from t2i_course.core.metrics import fingerprint
+from t2i_course.core.files import CourseError, write_json, write_whole, fingerprint
 from t2i_course.core.tars import packed, sound
 
 STORES = ("float32", "float16", "uint8")

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from t2i_course.core.conditioning import Cond
 from t2i_course.core.data import Batch, Draws, Wrapped, check_split
-from t2i_course.core.files import CourseError
-from t2i_course.core.metrics import fingerprint
+from t2i_course.core.files import CourseError, fingerprint
 from t2i_course.core.prepare import as_cond, device_of, read_json, restored
 from t2i_course.core.tars import Tars
 
