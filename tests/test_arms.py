@@ -90,7 +90,7 @@ def value_keys(d, key):
 def test_each_key_is_made_from_its_own_arm(monkeypatch):
     "Asked for in the opposite order, when all loops are over."
     monkeypatch.setattr(biggan_sweep, "fresh", lambda config, seed: (None, None))
-    monkeypatch.setattr(biggan_sweep, "watched", lambda config, data, images, looks, judge, n, seed, precision: (config["batch"], seed))
+    monkeypatch.setattr(biggan_sweep, "watched", lambda config, data, images, looks, judge, n, seed, precision: (config.batch, seed))
     pairs = [(k, m) for k, m in biggan_sweep.experiments("smoke", (3, 4)) if k.startswith("batch")]
     assert {k: m() for k, m in reversed(pairs)} == {f"batch.{b}.seed{s}": (b, s) for b in biggan_sweep.BATCHES for s in (3, 4)}
 
@@ -102,19 +102,21 @@ def arms_of(monkeypatch, module, **instead):
 
 def test_late_binding_everywhere(monkeypatch):
     "What a key says is what is trained: the changes of the arm, and its seed."
-    def trained(data, config, images, seed, precision, quantizer=None):
-        seen.append((data.name, {k: config[k] for k in config if config[k] != base[k]}, seed, quantizer))
+    def trained(build, config, data, images, seed, precision, change=None):
+        seen.append((data.name, {k: config[k] for k in config.keys() if config[k] != base[k]}, seed, change))
         raise StopIteration
+    def whitened(data, config, *args): trained(None, config, data, *args)
     for module, data, first in ((vqvae_sweep, "digits", "beta."), (vae_sweep, "painted", "losses."),
                                 (dvae_sweep, "digits", "arms.")):
         base, seen = module.recipe_for(load(data), "smoke"), []
-        pairs = arms_of(monkeypatch, module, fit=trained, **(dict(train_judge=None) if module is vae_sweep else {}))
+        instead = dict(fit_whitened=whitened, train_judge=None) if module is vae_sweep else dict(fit=trained)
+        pairs = arms_of(monkeypatch, module, **instead)
         pairs = [(k, m) for k, m in pairs if k.startswith(first)]
         for _, make in reversed(pairs):
             with pytest.raises(StopIteration): make()
         assert len(seen) == len(pairs) == len({repr(s) for s in seen}), "two keys train the same arm"
         assert [s[2] for s in reversed(seen)] == [int(re.search(r"\d+$", k).group()) for k, _ in pairs]
-        if module is vqvae_sweep: assert [round(100 * s[1].get("beta", base["beta"])) for s in reversed(seen)] == [
+        if module is vqvae_sweep: assert [round(100 * s[1].get("beta", base.beta)) for s in reversed(seen)] == [
             int(k.split(".")[1]) for k, _ in pairs]
 
 
@@ -296,16 +298,17 @@ def test_the_early_arms_are_early(monkeypatch):
 # --- what an arm changes is something that its model looks at ---
 
 def watched(config):
-    "The same config, and the set of the fields that are looked at from now on."
-    seen = set()
-    class Watched(type(config)):
-        def __getattribute__(self, name):
-            seen.add(name)
-            return super().__getattribute__(name)
+    "The config, and the names of its fields that were looked at."
+    seen, fields = set(), set(config.keys())
+
+    class Seen(type(config)):
+        def __getattribute__(self, k):
+            if k in fields: seen.add(k)
+            return object.__getattribute__(self, k)
         def __or__(self, other): raise TypeError("a copy would not be watched")
-    new = object.__new__(Watched)
-    new.__dict__.update(config.__dict__)
-    return new, seen
+    config.__class__ = Seen
+    seen.clear()
+    return config, seen
 
 
 CHANGES = [(m, d, k, c) for m, d, by in (

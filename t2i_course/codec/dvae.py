@@ -87,7 +87,6 @@ class DVAE(nn.Module):
         ids:Tensor, # (b h w) int64
     )->Tensor:      # (b c h w)
         return self.decoder(F.embedding(ids, self.codebook).permute(0,3,1,2))
-    codes,decode_codes = encode,decode
     def mix(self,
         weights:Tensor, # (b k h w) of the codes
     )->Tensor:          # (b d h w)

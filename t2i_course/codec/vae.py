@@ -6,7 +6,7 @@
 __all__ = ['LDM_KL_F8', 'PICTURES', 'SIZES', 'WHITENING', 'KL_F8', 'psnr', 'reparameterise', 'kl_to_normal', 'ResBlock',
            'Encoder', 'Decoder', 'VAE', 'Perceptual', 'PatchDiscriminator', 'adaptive_weight', 'lookalikes',
            'CodecModel', 'Repeated', 'KLModel', 'Config', 'recipe_for', 'make_codec', 'build', 'active_units', 'whiten',
-           'fit', 'NormBlock', 'PlaceAttention', 'Level', 'Half', 'StableVAE', 'from_diffusers']
+           'fit_whitened', 'NormBlock', 'PlaceAttention', 'Level', 'Half', 'StableVAE', 'from_diffusers']
 
 # %% ../../nbs/03_codec/01_vae.ipynb #f829b608
 import re
@@ -20,7 +20,7 @@ from ..core.conditioning import WordTokenizer, count_calls
 from ..core.contracts import Config as RunConfig, Defaults, of_data
 from ..core.data import Draws
 from ..core.sources import load, origin
-from ..core.ema import train_arm
+from ..core.experiments import Arm, fit
 from ..core.metrics import SEED, distinct, judge_for
 from ..core.training import Turn, pick_device
 from ..gan.adversarial import hinge_d, hinge_g
@@ -251,12 +251,11 @@ def lookalikes(
     left,found = set(range(len(captions))),{}
     for split in [s for s in ('test','heldout') if s in data.splits]:
         size = distinct(data, split)
-        # if so, the first half of the protocol's order is what drawings are compared with
         finite = size!=float('inf')
         for k in range(chunks):
             if not left: break
             at = torch.arange(k*chunk, (k+1)*chunk)
-            if finite: at = torch.arange(size//2, size).roll(997*seed%size)
+            if finite: at = torch.arange(size).roll(997*seed%size)
             own = SEED if finite else 1_000_003+seed
             shown = _attributes(data, split, Draws(own, at)) if any(wanted) else {}
             free = torch.ones(len(at), dtype=torch.bool)
@@ -461,19 +460,18 @@ def whiten(
     return codec
 
 # %% ../../nbs/03_codec/01_vae.ipynb #6bb9e8be
-def fit(
+# ---- one arm of the sweep ----
+def fit_whitened(
     data,             # captioned pictures
     config:Config,    # as from `recipe_for`
     images:int,       # training pictures
     seed:int=0,       # of weights, data and noise
     precision:str='fp32',
-)->tuple:             # tokenizer, trained KLModel, whitened
+)->Arm:               # its codec whitened
     "Train one codec; its whitening is then measured anew, on 1,000 training pictures"
-    torch.manual_seed(seed)
-    tok,model = build(config)
-    train_arm(model, tok, data, config, images, seed, precision)
-    whiten(model.codec.eval(), data.batch('train', Draws(seed, torch.arange(1000))).x.to(pick_device()))
-    return tok,model
+    arm = fit(build, config, data, images, seed, precision)
+    whiten(arm.model.codec.eval(), data.batch('train', Draws(seed, torch.arange(1000))).x.to(pick_device()))
+    return arm
 
 # %% ../../nbs/03_codec/01_vae.ipynb #6fe5408f
 WHITENING = dict( # scale, shift: x0 = (z - shift) * scale, as each model's configuration says

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PICTURES', 'SIZES', 'nearest_code', 'counts', 'perplexity', 'dead', 'Codebook', 'Quantized', 'VectorQuantizer',
            'VQVAE', 'OnCodes', 'own_colours', 'Repainted', 'Palette', 'Blocked', 'VQModel', 'Config', 'recipe_for',
-           'make_codec', 'build', 'fit', 'inspect']
+           'make_codec', 'build', 'blocked', 'inspect']
 
 # %% ../../nbs/03_codec/02_vqvae.ipynb #6e7855ab
 import math
@@ -18,7 +18,6 @@ from .vae import CodecModel, Decoder, Encoder
 from ..core.conditioning import WordTokenizer, count_calls, drawn_from
 from ..core.contracts import Config as RunConfig, Defaults, of_data
 from ..core.data import Draws
-from ..core.ema import train_arm
 from ..core.training import everyone
 
 # %% ../../nbs/03_codec/02_vqvae.ipynb #cdb4eb90
@@ -185,7 +184,6 @@ class VQVAE(nn.Module):
         ids:Tensor, # (b h w) int64
     )->Tensor:      # (b c h w)
         return self.decoder(self.quantizer.embed(ids))
-    codes,decode_codes = encode,decode
     def forward(self,
         x:Tensor,         # (b c h w) pictures
         draws:Draws=None, # of a training step
@@ -337,7 +335,6 @@ class Palette(nn.Module):
         return self.paint(self.shapes.decode(ids[:,1:]), self.colours.embed(ids[:,:1]))[0]
 
 # %% ../../nbs/03_codec/02_vqvae.ipynb #90ba317d
-# ---- the sweep beside the chapter ----
 class Blocked(VectorQuantizer):
     "Without the straight-through step: the decoder sees the codes, its gradient ends there"
     def forward(self, z, draws=None):
@@ -402,24 +399,17 @@ def build(
     "The codec of this chapter"
     return WordTokenizer(config.words, config.max_len),VQModel(make_codec(config))
 
-# %% ../../nbs/03_codec/02_vqvae.ipynb #b3a2112f
-def fit(
-    data,           # captioned pictures
-    config:Config,  # as from `recipe_for`
-    images:int,     # training pictures
-    seed:int=0,     # of weights, data and restarts
-    precision:str='fp32',
-    quantizer=None, # a class in place of VectorQuantizer
-)->tuple:           # tokenizer, trained VQModel
-    "Train one codec"
-    torch.manual_seed(seed)
-    tok,model = build(config)
-    if quantizer:
-        c = config
-        model.codec.quantizer = quantizer(c.n_codes, c.dim, c.beta, c.ema, c.restart, c.start)
-    train_arm(model, tok, data, config, images, seed, precision)
-    return tok,model
+# %% ../../nbs/03_codec/02_vqvae.ipynb #2950228e
+def blocked(
+    config:Config, # as from `recipe_for`
+):                 # change(model)
+    "Take the straight-through step away from a fresh model"
+    c = config
+    def change(model):
+        model.codec.quantizer = Blocked(c.n_codes, c.dim, c.beta, c.ema, c.restart, c.start)
+    return change
 
+# %% ../../nbs/03_codec/02_vqvae.ipynb #b3a2112f
 @torch.no_grad()
 def inspect(
     codec,     # a trained discrete codec

@@ -93,7 +93,6 @@ class VQVAE2(nn.Module):
     )->Tensor:        # (b c H W)
         top = self.top.embed(codes.top)
         return self.paint(top, self.lift(top)*0 if codes.bottom is None else self.bottom.embed(codes.bottom))
-    codes,decode_codes,grids = encode,decode,grid
 
     def forward(self,
         x:Tensor,         # (b c h w) pictures

@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from ..core.conditioning import Cond, WordTokenizer, caption_encoder, drawn_from
 from ..core.contracts import of_data
 from ..core.data import Draws
-from ..core.metrics import frechet, precision_recall, reference
+from ..core.metrics import K, frechet, precision_recall, reference
 from ..core.training import Turn
 from .adversarial import GAN, GANConfig, hinge_d, hinge_g
 
@@ -408,7 +408,7 @@ def spectrum(
     x = draw([data.sayings[i] for i in labels], seed).clamp(-1, 1)
     f,(logits,) = judge.features(x),judge(x.to(judge.mean)).values()
     real = data.batch('test', Draws(300, torch.arange(n)))
-    precision,recall = precision_recall(r['features'], f, 5)
+    precision,recall = precision_recall(r['half'], f[:r['each']], K)
     spread = within_classes(judge.features(real.x), real.attrs[data.attribute])
     return dict(fd=frechet(f, r['features']), precision=precision, recall=recall,
                 obedience=(logits.argmax(1).cpu()==labels).double().mean().item(),
