@@ -15,7 +15,6 @@ from t2i_course.core.sources import load, origin
 from t2i_course.core.metrics import SEED
 from t2i_course.core.prepare import prepare
 from t2i_course.core.shards import Shards
-from uses import built
 
 
 @pytest.fixture(scope="module")

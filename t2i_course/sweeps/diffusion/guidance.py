@@ -4,6 +4,7 @@ import copy
 import time
 from functools import cache, lru_cache, partial
 
+from t2i_course.core.counting import parameters
 from t2i_course.core.data import NUMBERS
 from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
@@ -169,7 +170,7 @@ def on_painted(
     def row():
         _, den, made = trained()
         row = look(2.0 if 2.0 in s["painted_scales"] else s["painted_scales"][0])
-        params = sum(p.numel() for p in den.net.parameters())
+        params = parameters(den.net)
         return row | made | dict(recipe="guidance", params=params, nfe=2 * s["steps"])
 
     def fixes(name):

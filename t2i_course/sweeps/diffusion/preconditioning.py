@@ -5,6 +5,7 @@ from functools import cache, lru_cache, partial
 
 import torch
 
+from t2i_course.core.counting import parameters
 from t2i_course.core.data import Painted
 from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
@@ -96,7 +97,7 @@ def held_out_pairs(
         den.to(device)
         w = config.guidance if images else 1.0
         draw = drawer(den, tok, data.shape, torch.linspace(1, 0, steps + 1), w, hold=True, eta=0.0)
-        params = sum(p.numel() for p in den.net.parameters())
+        params = parameters(den.net)
         made |= dict(params=params, nfe=steps * (2 if images else 1))
         return evaluate(draw, data, judge, s["n"], seed, s["n"]) | made
 
@@ -162,7 +163,7 @@ def experiments(
         tok, den = make_arm(config, *args, **more, seed=seed)
         start = time.perf_counter()
         loss = train_arm(den, tok, data, config, images, seed, precision)
-        params = sum(p.numel() for p in den.net.parameters())
+        params = parameters(den.net)
         made = dict(recipe=name, params=params, images=images)
         return den, made | dict(train_seconds=time.perf_counter() - start, loss=loss)
 

@@ -6,6 +6,7 @@ from functools import cache, lru_cache, partial
 
 import torch
 
+from t2i_course.core.counting import parameters
 from t2i_course.core.data import Draws
 from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
@@ -169,7 +170,7 @@ def experiments(
 
     def full_row(seed):
         tok, den, took = trained(seed)
-        made = dict(recipe="ddpm, target v, dpmpp_2m", params=sum(p.numel() for p in den.net.parameters()))
+        made = dict(recipe="ddpm, target v, dpmpp_2m", params=parameters(den.net))
         made |= dict(images=s["images"], train_seconds=took, nfe=20)
         return row(seed, tok, den, dpmpp_2m, uniform(den.process, 20)) | made
 

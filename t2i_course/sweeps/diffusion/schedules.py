@@ -6,6 +6,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from t2i_course.core.counting import parameters
 from t2i_course.core.data import Painted
 from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
@@ -92,7 +93,7 @@ def experiments(
         tok, den = make_arm(config, processes[name], seed)
         began = time.perf_counter()
         loss = train_arm(den, tok, data, config, s[world], seed, precision)
-        made = dict(params=sum(p.numel() for p in den.net.parameters()), images=s[world])
+        made = dict(params=parameters(den.net), images=s[world])
         made |= dict(train_seconds=time.perf_counter() - began, loss=loss)
         return den.process, partial(measured, den, tok, data, judge, n=s["n"], seed=seed), made
 

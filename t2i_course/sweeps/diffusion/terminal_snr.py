@@ -5,6 +5,7 @@ from functools import lru_cache, partial
 
 import torch
 
+from t2i_course.core.counting import parameters
 from t2i_course.core.ema import train_arm
 from t2i_course.core.metrics import evaluate, load_judge, reference
 from t2i_course.core.training import has_bf16, pick_device
@@ -114,7 +115,7 @@ def experiments(
     def row(name, way, seed):
         _, den, took = trained(name, seed)
         row = evaluate(drawn(name, way, seed), data, judge, s["n"], seed, s["n"] // 2)
-        row |= dict(recipe=f"terminal_snr.{name}", params=sum(p.numel() for p in den.net.parameters()))
+        row |= dict(recipe=f"terminal_snr.{name}", params=parameters(den.net))
         return row | dict(images=s["images"], train_seconds=took, nfe=len(ways[name][way][0]) - 1)
 
     yield "setting", setting
