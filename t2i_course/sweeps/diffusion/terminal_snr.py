@@ -6,7 +6,7 @@ from functools import lru_cache, partial
 import torch
 
 from t2i_course.core.ema import train_arm
-from t2i_course.core.metrics import at_most, evaluate, load_judge, reference
+from t2i_course.core.metrics import evaluate, load_judge, reference
 from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.diffusion.ddpm import VP, drawer, sample, uniform_times
 from t2i_course.diffusion.schedules import EDM, edm_times, log_normal, scaled_linear_betas
@@ -95,7 +95,7 @@ def experiments(
     ways = {k: walks(k, c["process"], s["steps"], s["few"], c.get("offset", 0.0)) for k, c in changes.items()}
 
     def setting():
-        floor = reference(data, judge, at_most(data, s["n"]))["fd_floor"]
+        floor = reference(data, judge, s["n"])["floor"]["fd_floor"]
         return dict(s, w=1.0, eta=0.0, precision=precision, seeds=list(seeds), fd_floor=floor)
 
     @lru_cache(1)  # all keys of an arm ask for its model
