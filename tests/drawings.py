@@ -111,7 +111,7 @@ def trial(data, images, scale="demo", skip=True, seed=0, n=200):
     from t2i_course.core.training import feed, train
     from t2i_course.diffusion.preconditioning import fit_skip
     from t2i_course.flow import flow_matching
-    config = flow_matching.recipe_for(data, scale) | dict(skip=skip, shape=data.shape)
+    config = flow_matching.recipe_for(data, scale) | dict(skip=skip)
     torch.manual_seed(seed)
     tok, den = flow_matching.build(config)
     start = time.perf_counter()

@@ -14,7 +14,7 @@ from t2i_course.core.ema import state_for
 from t2i_course.core.training import feed, train
 from t2i_course.diffusion.preconditioning import fit_skip
 from t2i_course.sweeps.transformer import dit as sweep
-from t2i_course.sweeps.transformer.dit import build_unet
+from t2i_course.sweeps.transformer.dit import UNetBeside, build_unet
 from t2i_course.transformer.dit import (
     DiT, WAYS, ZeroBlock, attend, build, counted_macs, from_diffusers, macs, n_params, patchify,
     positions, published, recipe_for, time_waves, to_diffusers, unpatchify)
@@ -152,7 +152,7 @@ def test_there_and_back(reference):
 def test_blocks_with_embedders_of_their_own_are_refused(reference):
     theirs = {k: w.clone() for k, w in reference.state_dict().items()}
     theirs["transformer_blocks.2.norm1.emb.class_embedder.embedding_table.weight"][0, 0] += 1
-    with pytest.raises(CourseError, match="share an embedder"): from_diffusers(reference.config, theirs)
+    with pytest.raises(CourseError, match="here they share it"): from_diffusers(reference.config, theirs)
 
 
 # ---- the start ----
@@ -235,7 +235,7 @@ def ready(name="digits", **changes):
     config = recipe_for(data, "smoke") | dict(fit_images=256, rank=16) | changes
     torch.manual_seed(0)
     tok, den = build(config)
-    fit_skip(den, data, tok, config["fit_images"])
+    fit_skip(den, data, tok, config.fit_images)
     return data, config, tok, den
 
 
@@ -245,9 +245,9 @@ def test_recipe_learns_and_draws(name):
     state = state_for(den, config)
     losses = [r.loss for r in train(state, den.loss, feed(data, tok), images=1280, batch=32)]
     assert sum(losses[-5:]) < .85 * sum(losses[:5])
-    x = den.painter(tok, config | dict(sample_steps=2))(["a handwritten seven", "a red two"], 0)
+    x = den.painter(tok, config | dict(steps=2))(["a handwritten seven", "a red two"], 0)
     assert x.shape == (2, *data.shape) and x.isfinite().all()
-    assert den.calls(config) == config["sample_steps"] + 20 == 45  # guided while t > .2: 20 of 25 steps
+    assert den.calls(config) == config.steps + 20 == 45  # guided while t > .2: 20 of 25 steps
 
 
 def test_with_a_skip_an_untrained_network_is_the_closed_form():
@@ -265,7 +265,7 @@ def test_every_shape_of_the_course():
             with torch.device("meta"):
                 config = recipe_for(load(name), scale)
                 net = build(config)[1].net
-            assert config["shape"] == list(shape) and shape[1] % config["patch"] == 0
+            assert config.shape == list(shape) and shape[1] % config.patch == 0
             assert net.net.rows**2 <= 256
 
 
@@ -285,7 +285,8 @@ def test_resume_is_exact():
 
 def test_the_unet_takes_the_same_place():
     data, config, tok, den = ready()
-    with torch.device("meta"): unet = build_unet(config | dict(widths=(16, 32), depths=(1, 1), d_emb=64))[1]
+    beside = UNetBeside(**vars(config), widths=(16, 32), depths=(1, 1), d_emb=64)
+    with torch.device("meta"): unet = build_unet(beside)[1]
     assert type(unet.process) is type(den.process) and unet.target is den.target
     assert unet.net.net.in_channels == den.net.net.in_channels
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from t2i_course.core.conditioning import Block, Cond, TextEncoder, WordTokenizer
 from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.diffusion import ddpm
 from t2i_course.diffusion.ddpm import VP, Coefs, Denoiser, ResBlock, UNet, guided, linear_betas, sample, solve, step
 from t2i_course.flow.flow_matching import LinearPath
@@ -314,11 +315,12 @@ def encoder_formula(n_tokens, max_len, dim, n_layers):
 @pytest.mark.parametrize("scale", ["smoke", "demo", "full"])
 @pytest.mark.parametrize("channels,skip", [(1, False), (3, False), (3, True)])
 def test_parameter_count_is_exact(scale, channels, skip):
-    config = ddpm.recipe(channels, "a handwritten seven".split(), 12, scale)
+    own = dict(shape=[channels, 16, 16], words="a handwritten seven".split(), max_len=12)
+    config = ddpm.recipe_for(load("digits"), scale) | own
     with torch.device("meta"): tok, net = ddpm.text_unet(config, skip)
-    sizes = (config[k] for k in ("dim", "widths", "depths", "d_emb"))
+    sizes = config.dim, config.widths, config.depths, config.d_emb
     assert count(net.net) == unet_formula(channels, *sizes, skip)
-    assert count(net.encoder) == encoder_formula(len(tok), config["max_len"], config["dim"], config["n_layers"])
+    assert count(net.encoder) == encoder_formula(len(tok), config.max_len, config.dim, config.n_layers)
 
 
 def test_attention_equals_the_formula():

@@ -175,8 +175,8 @@ def test_times_are_inside_and_repeatable(times):
 
 def test_a_recipe_builds_the_same_model_again():
     data = Painted()
-    config = flow_matching.recipe(3, data.words, scale="smoke", groups=flow_matching.word_groups(data))
-    assert all(set(group) <= set(data.words) for group in config["groups"])
+    config = flow_matching.recipe_for(data, "smoke")
+    assert all(set(group) <= set(data.words) for group in config.groups)
     shapes = []
     for _ in range(2):
         tok, den = flow_matching.build(config)

@@ -6,7 +6,7 @@ import torch
 from arms import made
 from t2i_course.core.conditioning import WordTokenizer, raw_cond
 from t2i_course.core.data import Draws, Painted
-from t2i_course.diffusion.ddpm import VP, Coefs, Denoiser, linear_betas, v, view
+from t2i_course.diffusion.ddpm import VP, Coefs, Denoiser, linear_betas, recipe_for, v, view
 from t2i_course.diffusion.preconditioning import (CaptionGaussian, ScalarSkip, fit_mean, fit_skip,
                                                   fit_space, make_arm, ridge, wiener, word_groups)
 from t2i_course.diffusion.schedules import EDM, edm_sigmas
@@ -224,8 +224,7 @@ def test_each_rung_knows_more(world):
 
 def test_fit_skip_fits_any_rung(world):
     data, tok = world[:2]
-    from t2i_course.diffusion.ddpm import recipe
-    config = recipe(3, data.words, scale="smoke")
+    config = recipe_for(data, "smoke")
     process = VP(linear_betas())
     for name, skip in ladder(process, tok, data, rank=16).items():
         own_tok, den = make_arm(config, process, skip)

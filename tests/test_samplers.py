@@ -355,7 +355,7 @@ def test_leading_is_diffusers_default():
 # ---- learned variance ----
 def small_world():
     data = load("digits")
-    config = ddpm.recipe(1, data.words, 12, "smoke")
+    config = ddpm.recipe_for(data, "smoke") | dict(max_len=12)
     torch.manual_seed(0)
     tok, den = build_learned(config, 200)
     b = data.batch("test", Draws(0, torch.arange(6)))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import drawings
 from t2i_course.run.data import expectation
 from t2i_course.run.measure import row_text
-from t2i_course.run.model import Model
+from t2i_course.core.runs import open_run
 from t2i_course.run.train import train_run
 from t2i_course.core.data import Draws
 from t2i_course.core.sources import load
@@ -187,9 +187,9 @@ def test_tables_are_enough_to_go_on(data, closed, tmp_path):
     b = data.batch("train", Draws(0, torch.arange(100)))
     given.fit(b.x, tok(b.captions).ids)
     assert {k: v.shape for k, v in saved.items()} == {f"skip.{k}": v.shape for k, v in given.tables.items()}
-    model = Model(out)
+    model = open_run(out)
     x, captions = drawings.unseen(data)
-    for a, b in zip(guessed(model.den, model.tok, x[:50], captions[:50], .5), guessed(den, tok, x[:50], captions[:50], .5)):
+    for a, b in zip(guessed(model.model, model.tok, x[:50], captions[:50], .5), guessed(den, tok, x[:50], captions[:50], .5)):
         assert torch.allclose(a, b, rtol=1e-4)
 
 

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'PARADIGM', 'ETA', 'linear_betas', 'Coefs', 'VP', 'view', 'eps', 'x0', 'v', 'velocity', 'solve', 'fourier',
-           'ResBlock', 'UNet', 'recipe', 'text_unet', 'uniform_times', 'Denoiser', 'build', 'step', 'sample', 'times',
-           'guided', 'drawer', 'settings_of', 'vlb_weight', 'weighted', 'bits_per_dim']
+           'ResBlock', 'UNet', 'DenoiserConfig', 'UNetConfig', 'Config', 'recipe_for', 'captioned', 'text_unet',
+           'uniform_times', 'Denoiser', 'build', 'step', 'sample', 'times', 'guided', 'drawer', 'settings_of',
+           'vlb_weight', 'weighted', 'bits_per_dim']
 
 # %% ../../nbs/04_diffusion/01_ddpm.ipynb #3008e3c5
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core.conditioning import Cond, Conditioned, TextEncoder, WordBag, WordTokenizer
+from ..core.conditioning import Cond, Conditioned, WordTokenizer, caption_encoder
 from ..core.conditioning import cat, count_calls, drawn_from
+from ..core.contracts import Config as RunConfig, Defaults, Identity, of_data
 from ..core.data import Draws
 
 # %% ../../nbs/04_diffusion/01_ddpm.ipynb #8d5ee1bb
@@ -159,34 +162,68 @@ class UNet(nn.Module):
 
 # %% ../../nbs/04_diffusion/01_ddpm.ipynb #f34de2ac
 # ---- the recipe ----
+@dataclass(kw_only=True)
+class DenoiserConfig(RunConfig):
+    "What every recipe with a `Denoiser` says of its captions and its drawings"
+    dim:int                # width of the text encoder
+    n_layers:int           # its blocks; 0: a bag of words
+    p_drop:float = .1      # share of the captions that training leaves out
+    steps:int              # of the sampler
+    guidance:float         # scale; 1 = none
+    guide_above:float = 0. # guide (and boost) only while t is above this ...
+    guide_below:float = 1. # ... and guide only while it is at most this
+    boost:float = 1.       # with a closed form: how far to go where the network points, 1 = as far as it says
+    hold:bool = False      # keep the guided picture inside the range of the unguided one
+    eta:float = 1.         # share of fresh noise in drawing
+
+# %% ../../nbs/04_diffusion/01_ddpm.ipynb #cfgunet1
+@dataclass(kw_only=True)
+class UNetConfig(DenoiserConfig):
+    "And what the U-Net is made of"
+    widths:list # channels on the fine and on the coarse grid
+    depths:list # blocks on the way down (and up) and on the coarse grid
+    d_emb:int   # width of the time-and-caption vector
+
+@dataclass(kw_only=True)
+class Config(UNetConfig):
+    "The recipe of this chapter"
+    n_steps:int = 1000 # of the chain
+
+# %% ../../nbs/04_diffusion/01_ddpm.ipynb #cfgsize1
 SIZES = dict( # one row a scale: what the network is made of
-    smoke=dict(widths=(16,32), depths=(1,1), d_emb=64,  dim=32,  n_layers=1, batch=32, rank=32, fit_images=2048),
-    demo =dict(widths=(32,96), depths=(1,2), d_emb=128, dim=96,  n_layers=1, batch=64, rank=144, fit_images=16384),
-    full =dict(widths=(128,384), depths=(2,4), d_emb=512, dim=384, n_layers=4, batch=256, rank=256, fit_images=65536),
+    smoke=dict(widths=(16,32), depths=(1,1), d_emb=64, dim=32, n_layers=1, batch=32),
+    demo=dict(widths=(32,96), depths=(1,2), d_emb=128, dim=96, n_layers=1, batch=64),
+    full=dict(widths=(128,384), depths=(2,4), d_emb=512, dim=384, n_layers=4, batch=256),
 )
 
 PARADIGM = 'DDPM' # the recipe stands for it in the report card
 
-def recipe(
-    channels:int,      # of the pictures
-    words,             # vocabulary of the captions
-    max_len:int=12,    # tokens a caption
-    scale:str='demo',  # smoke, demo or full
-)->dict:               # JSON values
+def recipe_for(
+    data,               # captioned pictures
+    scale:str='demo',   # smoke, demo or full
+    seconds:float=None, # training time, if it is known; not used
+)->Config:
     "Everything `build` needs to make the same model again"
-    return dict(recipe='ddpm', channels=channels, words=list(words), max_len=max_len, n_steps=1000, lr=4e-3, p_drop=.1,
-                half_life=500_000, sample_steps=50, guidance=2., guide_above=0., hold=False, eta=1., **SIZES[scale])
+    return Config(recipe='ddpm', **of_data(data), lr=4e-3, half_life=500_000, steps=50, guidance=2.,
+                  **SIZES[scale])
+
+# %% ../../nbs/04_diffusion/01_ddpm.ipynb #captn001
+def captioned(
+    config:DenoiserConfig, # of any recipe with captions
+    make,                  # make() -> net(x_t, t, cond); after the encoder, which so starts alike everywhere
+)->tuple:                  # tokenizer, network
+    "A word-level text encoder (with 0 layers: a bag of words) and a picture network as one network"
+    tok = WordTokenizer(config.words, config.max_len)
+    encoder = caption_encoder(tok, config.dim, config.n_layers)
+    return tok,Conditioned(encoder, make())
 
 def text_unet(
-    config:dict,     # as from `recipe`
-    skip:bool=False, # inputs come from a closed-form skip
-)->tuple:            # tokenizer, network
-    "A word-level text encoder (with 0 layers: a bag of words) and a U-Net as one network"
-    tok = WordTokenizer(config['words'], config['max_len'])
-    layers,dim = config['n_layers'],config['dim']
-    enc = TextEncoder(len(tok), config['max_len'], dim, layers) if layers else WordBag(len(tok), dim)
-    unet = UNet(config['channels'], config['dim'], config['widths'], config['depths'], config['d_emb'], skip)
-    return tok,Conditioned(enc, unet)
+    config:UNetConfig, # sizes
+    skip:bool=False,   # inputs come from a closed-form skip
+)->tuple:              # tokenizer, network
+    "The U-Net of this chapter with its text encoder"
+    sizes = config.widths,config.depths,config.d_emb
+    return captioned(config, lambda: UNet(config.shape[0], config.dim, *sizes, skip))
 
 # %% ../../nbs/04_diffusion/01_ddpm.ipynb #86671ddb
 def uniform_times(draws:Draws)->Tensor: # (b) in (0,1)
@@ -196,8 +233,10 @@ def uniform_times(draws:Draws)->Tensor: # (b) in (0,1)
     return g.float().clamp(1e-5, 1-1e-5).to(draws.device)
 
 # %% ../../nbs/04_diffusion/01_ddpm.ipynb #c056c8a9
-class Denoiser:
-    "Loss and its inverse together, so that they cannot drift apart. A plain object: the network is what gets wrapped"
+class Denoiser(Defaults):
+    "Loss and its inverse together, so that they cannot drift apart; the network is what gets wrapped"
+    options = dict(steps=(1, 1000, True, 'steps of the sampler'), # what `t2i sample` may change
+                   guidance=(0, 50, False, 'guidance scale; 1 = none, 0 = the empty caption'))
     def __init__(self,
         net,                 # net(x_t, t, cond) -> same shape as x_t
         process,             # gives coefs(t)
@@ -206,25 +245,28 @@ class Denoiser:
         times=uniform_times, # draws -> t (b)
         null:Cond=None,      # (1) the condition that says nothing
         p_drop:float=.1,     # share of the conditions replaced by null in training
+        codec=None,          # pictures to what is learned, and back; none: the pixels themselves
     ):
         self.net,self.process,self.target,self.skip = net,process,target,skip
-        self.times,self.null,self.p_drop = times,null,p_drop
+        self.times,self.null,self.p_drop,self.codec = times,null,p_drop,codec or Identity()
 
-    options = ('steps','guidance') # what `t2i sample` may change
-    def counted(self)->list: return [self.net] # what runs once at every call of the network
-    def calls(self, config:dict)->int: # network calls for one picture, counted while one is drawn
-        def nothing(captions): return self.null[torch.zeros(len(captions), dtype=torch.int64, device=self.null.ids.device)]
-        return count_calls(self.painter(nothing, config), self.counted())
-    def painter(self,
-        tok,         # captions -> Cond
-        config:dict, # as from `recipe`, and the shape of a picture
-    )->object:       # draw(captions, seed) -> (n c h w)
-        "Captions to pictures as the recipe draws them"
-        return drawer(self, tok, config['shape'], times(config, config['sample_steps']), **settings_of(config))
+    def painter(self, tok, config)->object: # draw(captions, seed) -> pictures, as the recipe draws them
+        return drawer(self, tok, config.shape, times(config, config.steps), **settings_of(config))
+    def calls(self, config)->int: # network calls for one picture, counted while one is drawn
+        draw = self.painter(lambda captions: self.null.expand(len(captions)), config)
+        return count_calls(draw, self.counted())
+    def prepare(self, data, tok, config): # fit what needs no learning
+        if self.skip is not None: self.skip.prepare(self, data, tok, config)
+    @property
+    def extra(self)->dict: return self.skip.tables if self.skip is not None else {} # saved with the network
+    @extra.setter
+    def extra(self, tensors):
+        if self.skip is None: Defaults.extra.fset(self, tensors)
+        else: self.skip.tables = dict(tensors)
 
     def coefs(self, t, x): return Coefs(*(view(u, x) for u in self.process.coefs(t)))
     def to(self, device):
-        self.null = self.null.to(device)
+        self.null,self.codec = self.null.to(device),self.codec.to(device)
         if self.skip is not None: self.skip.to(device)
         return self
 
@@ -261,11 +303,13 @@ class Denoiser:
 
 # %% ../../nbs/04_diffusion/01_ddpm.ipynb #174e15df
 def build(
-    config:dict, # as from `recipe`
-)->tuple:        # tokenizer, Denoiser with a fresh network
+    config:Config, # as from `recipe_for`
+    codec=None,    # a finished run: the pictures are latents of its codec
+)->tuple:          # tokenizer, Denoiser with a fresh network
     "The DDPM of this chapter: linear betas, the network guesses the noise"
-    tok,net = text_unet(config)
-    return tok,Denoiser(net, VP(linear_betas(config['n_steps'])), eps, null=tok.null(), p_drop=config['p_drop'])
+    (tok,net),process = text_unet(config),VP(linear_betas(config.n_steps))
+    codec = codec and codec.model.codec
+    return tok,Denoiser(net, process, eps, null=tok.null(), p_drop=config.p_drop, codec=codec)
 
 # %% ../../nbs/04_diffusion/01_ddpm.ipynb #cf703baf
 def step(
@@ -308,7 +352,7 @@ def sample(
 
 # %% ../../nbs/04_diffusion/01_ddpm.ipynb #0da6d30c
 def times(
-    config:dict, # as from `recipe`
+    config,      # of a recipe; not looked at
     n:int,       # steps
 )->Tensor:       # (n+1) from 1 to 0
     return torch.linspace(1, 0, n+1)
@@ -326,7 +370,7 @@ def guided(
     boost:float=1., # with a skip: see `Denoiser.predict`
 )->object:          # predict(x_t, t) -> x0_hat, eps_hat
     "Classifier-free guidance, u + w (c - u): Stable Diffusion's w, one more than in Ho and Salimans 2022"
-    null = den.null.map(lambda f: f.expand(len(cond), *f.shape[1:]))
+    null = den.null.expand(len(cond))
     if w==0: cond,w = null,1. # nothing of the caption, outside the interval too
     both = cat(cond, null)
     def predict(x_t, t):
@@ -355,26 +399,26 @@ def drawer(
     batch:int=100,    # pictures at once
     sampler=None,     # in place of `sample`: sampler(predict, process, x, ts, draws=draws) yields x
     guide=None,       # in place of `guided`: guide(den, cond) -> predict
-    clamp:float=1.,   # see `sample`; latents need more room than pictures
+    clamp:float=None, # see `sample`; the codec's limit if not said: latents need more room than pictures
 ):                    # draw(captions, seed) -> (n c h w)
     "Captions in, pictures out; the noise of a picture depends on the seed and its place alone"
+    clamp = den.codec.limit if clamp is None else clamp
     walk = sampler or partial(sample, eta=eta, large=large, clamp=clamp)
     def paint(cond, draws):
         c = den.process.coefs(torch.as_tensor(ts[:1], dtype=torch.float32, device=draws.device))
         start = draws.normal('start', *shape)*(c.alpha**2+c.sigma**2).sqrt() # as of data of variance 1
         predict = guide(den, cond) if guide else guided(den, cond, w, above, hold, below, boost)
         *_,x = walk(predict, den.process, start, ts, draws=draws)
-        return x
+        with torch.autocast(x.device.type, enabled=False): return den.codec.decode(x.float())
     return drawn_from(paint, tok, next(den.net.parameters()).device, batch)
 
 # %% ../../nbs/04_diffusion/01_ddpm.ipynb #79ab89a8
 def settings_of(
-    config:dict, # as from `recipe`
-)->dict:         # keyword arguments of `drawer`
+    config:DenoiserConfig, # of a recipe
+)->dict:                   # keyword arguments of `drawer`
     "How a recipe draws"
-    return dict(w=config['guidance'], above=config['guide_above'], hold=config['hold'],
-                below=config.get('guide_below', 1.), boost=config.get('boost', 1.), eta=config['eta'],
-                clamp=config.get('clamp', 1.))
+    return dict(w=config.guidance, above=config.guide_above, hold=config.hold, below=config.guide_below,
+                boost=config.boost, eta=config.eta)
 
 # %% ../../nbs/04_diffusion/01_ddpm.ipynb #351d274d
 def vlb_weight(

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['LEARNED', 'ZEROS', 'TS', 'BOUND', 'FIXES', 'Nulls', 'nulls', 'digits_model', 'painter', 'diversity', 'demanded',
            'shown', 'measured', 'NoisyClassifier', 'label_reader', 'train_classifier', 'accuracy_by_t', 'by_classifier',
-           'cost', 'interval', 'early_times', 'painted_model', 'on_gray', 'saturation', 'dynamic_threshold',
-           'threshold', 'both', 'rescale', 'rescaled']
+           'cost', 'interval', 'PaintedConfig', 'painted_config', 'early_times', 'painted_model', 'on_gray',
+           'saturation', 'dynamic_threshold', 'threshold', 'both', 'rescale', 'rescaled']
 
 # %% ../../nbs/04_diffusion/05_guidance.ipynb #5eb71822
 import time
+from dataclasses import dataclass
 from functools import partial
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,9 @@ from ..core.data import Draws, HELD_OUT, INKS, NUMBERS, WEIGHTS, an
 from ..core.ema import EMA
 from ..core.metrics import evaluate, glyph_space, judge_for, reference
 from ..core.training import State, feed, pick_device, train
-from .ddpm import Denoiser, ResBlock, VP, drawer, fourier, guided, linear_betas
-from .ddpm import sample, solve, text_unet, uniform_times, v
-from .preconditioning import CaptionGaussian, fit_skip, group_of, word_groups
+from .ddpm import Config, Denoiser, ResBlock, VP, drawer, fourier, guided, linear_betas
+from .ddpm import recipe_for, sample, solve, text_unet, uniform_times, v
+from .preconditioning import SkipConfig, caption_skip, closed_form, fit_skip, group_of
 
 # %% ../../nbs/04_diffusion/05_guidance.ipynb #2f2a70c0
 # ---- what "no caption" is ----
@@ -41,7 +42,7 @@ class Nulls(nn.Module):
         kind = cond.ids[:,:1]
         out = self.encoder(cond.map(lambda f: f.clamp_min(0) if f.dtype==torch.int64 else f))
         put = lambda f,kind: torch.where(kind==LEARNED, self.nothing, torch.where(kind==ZEROS, 0., f))
-        return Cond(put(out.seq, kind[:,:,None]), put(out.pooled, kind), out.mask, out.ids)
+        return out.encoded(put(out.seq, kind[:,:,None]), put(out.pooled, kind))
 
 def nulls(
     tok,   # captions -> Cond
@@ -57,7 +58,7 @@ def nulls(
 # %% ../../nbs/04_diffusion/05_guidance.ipynb #ee12090b
 # ---- models ----
 def digits_model(
-    config:dict,         # as from `recipe`
+    config:Config,       # as from the DDPM chapter's `recipe_for`
     seed:int=0,          # of the weights
     p_drop:float=.1,     # share of the captions that is dropped
     null:str='text',     # name in `nulls`
@@ -65,8 +66,8 @@ def digits_model(
     "DDPM's network and process, asked for v, with a choice of nothings"
     torch.manual_seed(seed)
     tok,net = text_unet(config)
-    net.encoder = Nulls(net.encoder, config['dim'])
-    return tok,Denoiser(net, VP(linear_betas(config['n_steps'])), v, null=nulls(tok)[null], p_drop=p_drop)
+    net.encoder = Nulls(net.encoder, config.dim)
+    return tok,Denoiser(net, VP(linear_betas(config.n_steps)), v, null=nulls(tok)[null], p_drop=p_drop)
 
 # %% ../../nbs/04_diffusion/05_guidance.ipynb #92f73445
 def painter(
@@ -226,7 +227,7 @@ def by_classifier(
     "eps_hat - s sigma grad log p(y | x_t), with the picture that belongs to it"
     def guide(den, cond):
         y = read(cond)
-        nothing = den.null.map(lambda f: f.expand(len(cond), *f.shape[1:]))
+        nothing = den.null.expand(len(cond))
         def predict(x_t, t):
             c = den.coefs(t, x_t)
             x0,eps = den.predict(x_t, t, nothing)
@@ -261,23 +262,34 @@ def interval(
     return partial(guided, w=w, above=low, below=high)
 
 # %% ../../nbs/04_diffusion/05_guidance.ipynb #bbd80f29
+@dataclass(kw_only=True)
+class PaintedConfig(Config, SkipConfig):
+    "DDPM's network around the closed form"
+
+def painted_config(
+    data,             # painted digits
+    scale:str='demo', # smoke, demo or full
+)->PaintedConfig:
+    "The DDPM chapter's recipe around the closed form of the preconditioning chapter, with all pairs of words"
+    form = closed_form(data, scale)|dict(pairs_in_groups=False)
+    return PaintedConfig(**vars(recipe_for(data, scale)), **form)
+
 def early_times(draws:Draws)->Tensor: # (b) in (0,1), more of them near the data
     return uniform_times(draws)**2
 
 def painted_model(
-    config:dict,      # as from `recipe`
-    data,             # painted digits
-    seed:int=0,       # of the weights
-    tables:dict=None, # of a fitted skip; fitted when left out
-)->tuple:             # tokenizer, Denoiser
-    "The same for painted digits, around the closed-form guess of the preconditioning chapter"
+    config:PaintedConfig, # as from `painted_config`
+    data,                 # painted digits
+    seed:int=0,           # of the weights
+    tables:dict=None,     # of a fitted skip; fitted when left out
+)->tuple:                 # tokenizer, Denoiser
+    "Asked for v, or what the closed form leaves of the picture"
     torch.manual_seed(seed)
     tok,net = text_unet(config, skip=True)
-    process = VP(linear_betas(config['n_steps']))
-    groups = [[tok.index[w] for w in g] for g in word_groups(data)]
-    skip = CaptionGaussian(process, len(tok), groups, rank=config['rank'])
-    den = Denoiser(net, process, v, skip, early_times, tok.null(), config['p_drop'])
-    if tables is None: fit_skip(den, data, tok, config['fit_images'])
+    process = VP(linear_betas(config.n_steps))
+    skip = caption_skip(config, process, tok)
+    den = Denoiser(net, process, v, skip, early_times, tok.null(), config.p_drop)
+    if tables is None: fit_skip(den, data, tok, config.fit_images)
     else: skip.tables = tables
     return tok,den
 
@@ -328,7 +340,7 @@ def both(
     cond:Cond, # (b) what is wanted
 ):             # predict(x_t, t) -> (x0_hat, eps_hat) with the caption, (x0_hat, eps_hat) without
     "The two answers that guidance compares, from one call of the network"
-    pair = cat(cond, den.null.map(lambda f: f.expand(len(cond), *f.shape[1:])))
+    pair = cat(cond, den.null.expand(len(cond)))
     def predict(x_t, t):
         x0,eps = den.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), pair)
         b = len(x_t)

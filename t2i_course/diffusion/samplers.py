@@ -320,7 +320,7 @@ class LearnedVariance(Denoiser):
 
 # %% ../../nbs/04_diffusion/03_samplers.ipynb #fa2aba00
 def build_learned(
-    config:dict,      # as from ddpm's `recipe`
+    config,           # as from the DDPM chapter's `recipe_for`
     n_steps:int=1000, # of the chain
     target=v,         # row (p, q) of the training target; Nichol and Dhariwal ask for the noise
 )->tuple:             # tokenizer, LearnedVariance with a fresh network
@@ -330,7 +330,7 @@ def build_learned(
     net.net.head = nn.Conv2d(head.in_channels, 2*head.out_channels, 3, padding=1)
     nn.init.zeros_(net.net.head.weight); nn.init.zeros_(net.net.head.bias)
     process = VP(cosine_betas(n_steps))
-    return tok,LearnedVariance(net, process, target, null=tok.null(), p_drop=config['p_drop'])
+    return tok,LearnedVariance(net, process, target, null=tok.null(), p_drop=config.p_drop)
 
 # %% ../../nbs/04_diffusion/03_samplers.ipynb #dc6309e6
 @torch.no_grad()

@@ -163,7 +163,7 @@ def density(
 
 # %% ../../nbs/04_diffusion/02_schedules.ipynb #5c8fb38d
 def make_arm(
-    config:dict, # as from `recipe`
+    config,      # as from the DDPM chapter's `recipe_for`
     process,     # the schedule: all that differs
     seed:int=0,  # of the weights
 )->tuple:        # tokenizer, Denoiser

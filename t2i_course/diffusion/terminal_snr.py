@@ -11,9 +11,8 @@ __all__ = ['WIDTHS', 'Papers', 'brightness', 'Flat', 'rescale_zero_terminal_snr'
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core.conditioning import Conditioned, TextEncoder, WordTokenizer
 from ..core.data import Draws, PAPERS, Painted
-from .ddpm import Coefs, Denoiser, UNet, recipe, uniform_times
+from .ddpm import Coefs, Config, Denoiser, UNet, captioned, recipe_for, uniform_times
 from .ddpm import view, weighted, x0
 from .schedules import betas_from_abar
 
@@ -164,23 +163,21 @@ def settings(
     data,             # captioned pictures
     images:int,       # training pictures
     scale:str='demo', # smoke, demo or full
-)->dict:              # as `recipe` of the DDPM chapter
+)->Config:            # as `recipe_for` of the DDPM chapter
     "Small steps and many of them: paper is easy to learn"
     own = dict(recipe='terminal_snr', widths=WIDTHS[scale], batch=16, lr=2e-3, half_life=images/10)
-    return recipe(3, data.words, scale=scale)|own
+    return recipe_for(data, scale)|own|dict(max_len=12)
 
 # %% ../../nbs/04_diffusion/06_terminal_snr.ipynb #0636f247
 def build(
-    config:dict,         # as from `settings`
+    config:Config,       # as from `settings`
     process,             # gives coefs(t)
     times=uniform_times, # draws -> t
 )->tuple:                # tokenizer, Denoiser that guesses x0
     "A coarse U-Net that answers with the clean picture"
-    tok = WordTokenizer(config['words'], config['max_len'])
-    enc = TextEncoder(len(tok), config['max_len'], config['dim'], config['n_layers'])
-    unet = UNet(4*config['channels'], config['dim'], config['widths'], config['depths'], config['d_emb'])
-    net = Conditioned(enc, Coarse(unet))
-    return tok,Denoiser(net, process, x0, times=times, null=tok.null(), p_drop=config['p_drop'])
+    sizes = config.widths,config.depths,config.d_emb
+    tok,net = captioned(config, lambda: Coarse(UNet(4*config.shape[0], config.dim, *sizes)))
+    return tok,Denoiser(net, process, x0, times=times, null=tok.null(), p_drop=config.p_drop)
 
 # %% ../../nbs/04_diffusion/06_terminal_snr.ipynb #1bae7023
 def make_loss(

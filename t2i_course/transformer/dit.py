@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'SIZES', 'PUBLISHED', 'patchify', 'unpatchify', 'waves', 'positions', 'time_waves', 'modulate', 'attend',
-           'Attention', 'PlainBlock', 'CrossAttention', 'CrossBlock', 'AdaBlock', 'ZeroBlock', 'DiT', 'recipe',
+           'Attention', 'PlainBlock', 'CrossAttention', 'CrossBlock', 'AdaBlock', 'ZeroBlock', 'DiT', 'Config',
            'recipe_for', 'text_dit', 'denoiser', 'build', 'unseen_loss', 'published', 'n_params', 'macs',
            'counted_macs', 'name_map', 'from_diffusers', 'to_diffusers']
 
 # %% ../../nbs/05_transformer/01_dit.ipynb #1e055300
-import math
+from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-from ..core.conditioning import Cond, Conditioned, LabelEmbedder, TextEncoder, WordBag, WordTokenizer
+from ..core.conditioning import Cond, Conditioned, LabelEmbedder, attend as look
+from ..core.contracts import of_data
+from ..core.counting import multiply_adds
 from ..core.data import Draws, Labelled
 from ..core.files import CourseError
-from ..diffusion.ddpm import Denoiser, VP, linear_betas, v
-from ..diffusion.preconditioning import CaptionGaussian, word_groups
+from ..diffusion.ddpm import Denoiser, VP, captioned, linear_betas, v
+from ..diffusion.preconditioning import SkipConfig, caption_skip, closed_form
 
 # %% ../../nbs/05_transformer/01_dit.ipynb #384d4ab6
 def patchify(
@@ -89,9 +89,7 @@ def attend(
     "softmax(q k' / sqrt(d)) v; fused, but for bfloat16 on a CPU, where few tokens train faster without it"
     if q.dtype!=torch.bfloat16 or q.device.type!='cpu' or k.shape[2]>512:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    s = (q*q.shape[-1]**-.5)@k.mT
-    if mask is not None: s = s.masked_fill(~mask, -math.inf)
-    return s.softmax(-1).to(v.dtype)@v
+    return look(q, k, v, mask)[0]
 
 # %% ../../nbs/05_transformer/01_dit.ipynb #bff79815
 class Attention(nn.Module):
@@ -251,69 +249,65 @@ class DiT(nn.Module):
         if hasattr(self, 'ada'): x = modulate(x, *self.ada(c)[:,None].chunk(2, -1))
         return unpatchify(self.head(x), self.patch, self.rows)
 
-# %% ../../nbs/05_transformer/01_dit.ipynb #e51ebc86
+# %% ../../nbs/05_transformer/01_dit.ipynb #ditcfg01
 # ---- the recipe ----
-SIZES = dict( # one row a scale: what the network is made of; grid is the number of patches on a side
-    smoke=dict(grid=4, width=32, depth=2, heads=2, dim=32, n_layers=1, batch=32, rank=32, fit_images=2048),
-    demo=dict(grid=8, width=128, depth=4, heads=4, dim=96, n_layers=1, batch=32, rank=144, fit_images=16384),
-    full=dict(grid=16, width=768, depth=12, heads=12, dim=384, n_layers=4, batch=256, rank=256, fit_images=65536),
-)
+@dataclass(kw_only=True)
+class Config(SkipConfig):
+    "A DiT on captions, around the closed form"
+    patch:int          # pixels on a side of a patch
+    width:int          # of the tokens, a multiple of 4 and of heads
+    depth:int          # blocks
+    heads:int          # attentions side by side
+    cond:str = 'zero'  # how time and caption come in, see WAYS
+    n_steps:int = 1000 # of the chain
 
-def recipe(
-    shape,            # (c h w) of a picture, h = w
-    words,            # vocabulary of the captions
-    max_len:int=12,   # tokens a caption
-    scale:str='demo', # smoke, demo or full
-    skip:bool=True,   # start from the closed-form Gaussian denoiser
-    groups=(),        # lists of words: each choice has a covariance of its own, see CaptionGaussian
-)->dict:              # JSON values
-    "Everything `build` needs to make the same model again"
-    size = dict(SIZES[scale])
-    patch = max(1, shape[1]//size.pop('grid'))
-    return dict(recipe='dit', shape=list(shape), channels=shape[0], words=list(words), max_len=max_len, patch=patch,
-                cond='zero', skip=skip, groups=[list(g) for g in groups], pairs_in_groups=True, n_terms=2, n_steps=1000,
-                lr=3e-3, p_drop=.1, half_life=500_000, sample_steps=25, guidance=2., guide_above=.2, guide_below=1.,
-                boost=1., hold=True, eta=0., **size)
+# %% ../../nbs/05_transformer/01_dit.ipynb #e51ebc86
+SIZES = dict( # one row a scale: what the network is made of; grid is the number of patches on a side
+    smoke=dict(grid=4, width=32, depth=2, heads=2, dim=32, n_layers=1, batch=32),
+    demo=dict(grid=8, width=128, depth=4, heads=4, dim=96, n_layers=1, batch=32),
+    full=dict(grid=16, width=768, depth=12, heads=12, dim=384, n_layers=4, batch=256),
+)
 
 def recipe_for(
     data,               # captioned pictures
     scale:str='demo',   # smoke, demo or full
-    seconds:float=None, # training time, if it is known
-)->dict:                # JSON values
+    seconds:float=None, # training time, if it is known; not used
+)->Config:
     "The recipe that measured best for such data"
-    config = recipe(data.shape, data.words, data.size, scale, groups=word_groups(data))|dict(data=data.name)
+    size = dict(SIZES[scale])
+    patch = max(1, data.shape[1]//size.pop('grid'))
+    config = Config(recipe='dit', **of_data(data), **closed_form(data, scale), lr=3e-3, half_life=500_000,
+                    patch=patch, steps=25, guidance=2., guide_above=.2, hold=True, eta=0., **size)
     return config|dict(n_layers=0, n_terms=1) if isinstance(data, Labelled) else config
 
 # %% ../../nbs/05_transformer/01_dit.ipynb #20e88378
 def text_dit(
-    config:dict, # as from `recipe`
-)->tuple:        # tokenizer, network
+    config:Config, # sizes
+)->tuple:          # tokenizer, network
     "The text encoder of the U-Net chapters and a DiT, as one network"
-    tok = WordTokenizer(config['words'], config['max_len'])
-    layers,dim,channels = config['n_layers'],config['dim'],config['channels']
-    enc = TextEncoder(len(tok), config['max_len'], dim, layers) if layers else WordBag(len(tok), dim)
-    net = DiT(channels, config['shape'][1], config['patch'], config['width'], config['depth'], config['heads'],
-              config['cond'], dim, inputs=channels*(3 if config['skip'] else 1))
-    return tok,Conditioned(enc, net)
+    c,channels = config,config.shape[0]
+    inputs = channels*(3 if c.skip else 1)
+    make = lambda: DiT(channels, c.shape[1], c.patch, c.width, c.depth, c.heads, c.cond, c.dim, inputs=inputs)
+    return captioned(config, make)
 
 def denoiser(
-    config:dict, # as from `recipe`
-    tok,         # captions -> Cond
-    net,         # any network with the course's signature
+    config:Config, # of this chapter, or another with the same chain and closed form
+    tok,           # captions -> Cond
+    net,           # any network with the course's signature
+    codec=None,    # a finished run: the pictures are latents of its codec
 )->Denoiser:
     "Linear betas as in the paper; the target is v, or what the closed form leaves"
-    process = VP(linear_betas(config['n_steps']))
-    groups = [[tok.index[w] for w in g] for g in config['groups']]
-    skip = CaptionGaussian(process, len(tok), groups, config['n_terms'], config['rank'],
-                           pairs_in_groups=config['pairs_in_groups']) if config['skip'] else None
-    return Denoiser(net, process, v, skip, null=tok.null(), p_drop=config['p_drop'])
+    process = VP(linear_betas(config.n_steps))
+    skip,codec = caption_skip(config, process, tok),codec and codec.model.codec
+    return Denoiser(net, process, v, skip, null=tok.null(), p_drop=config.p_drop, codec=codec)
 
 def build(
-    config:dict, # as from `recipe`
-)->tuple:        # tokenizer, Denoiser with a fresh network
+    config:Config, # as from `recipe_for`
+    codec=None,    # a finished run: the pictures are latents of its codec
+)->tuple:          # tokenizer, Denoiser with a fresh network
     "DiT on captions"
     tok,net = text_dit(config)
-    return tok,denoiser(config, tok, net)
+    return tok,denoiser(config, tok, net, codec)
 
 # %% ../../nbs/05_transformer/01_dit.ipynb #ee42d50b
 @torch.no_grad()
@@ -322,11 +316,12 @@ def unseen_loss(
     tok,         # captions -> Cond
     data,        # captioned pictures
     n:int=720,   # pictures, times and noises
+    seed:int=99, # of all three
 )->float:
     "The loss on pictures never trained on; always the same times and noise"
     device,i = next(den.net.parameters()).device,torch.arange(n)
-    b = data.batch('test', Draws(99, i))
-    return den.loss(b.x.to(device), tok(b.captions).to(device), Draws(99, i, device)).mean().item()
+    b = data.batch('test', Draws(seed, i))
+    return den.loss(b.x.to(device), tok(b.captions).to(device), Draws(seed, i, device)).mean().item()
 
 # %% ../../nbs/05_transformer/01_dit.ipynb #f8d8366f
 # ---- the published sizes ----
@@ -369,12 +364,10 @@ def counted_macs(
     cond:Cond,    # (b)
     size:int=None,# pixels on a side; net.size if not said
 )->int:           # multiply-adds of one picture
-    "Counted by torch while it runs; attention in its plain form, the one that the counter knows on a CPU"
+    "Counted by torch while it runs"
     device = cond.pooled.device
     x = torch.zeros(len(cond), net.in_channels, *[size or net.size]*2, device=device)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as f:
-        net(x, torch.ones(len(cond), device=device), cond)
-    return f.get_total_flops()//2//len(cond)
+    with torch.no_grad(): return multiply_adds(lambda: net(x, torch.ones(len(cond), device=device), cond))//len(cond)
 
 # %% ../../nbs/05_transformer/01_dit.ipynb #6741cad8
 # ---- the layout of diffusers ----
@@ -411,7 +404,7 @@ def from_diffusers(
     for k,w in weights.items():
         first = '.'.join(['transformer_blocks.0', *k.split('.')[2:]])
         if '.emb.' in k and not torch.equal(w, weights[first]):
-            raise CourseError(f'{k} differs from {first}: the blocks were trained apart, here they share an embedder')
+            raise CourseError(f'{k} differs from {first}: the blocks were trained apart; here they share it')
     own = {'net.place':net.place}
     for ours,theirs in name_map(depth).items():
         for end in ('.weight', '.bias'):

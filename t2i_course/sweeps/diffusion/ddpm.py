@@ -14,7 +14,7 @@ from t2i_course.diffusion.ddpm import (
     build,
     drawer,
     eps,
-    recipe,
+    recipe_for,
     times,
     v,
     vlb_weight,
@@ -47,7 +47,7 @@ def experiments(
     "Every target and weighting; the first of them drawn with both variances"
     data = load("digits")
     n, images = (SWEEP[scale][k] for k in ("n", "images"))
-    config = recipe(data.shape[0], data.words, scale=scale)
+    config = recipe_for(data, scale) | dict(max_len=12)
 
     @lru_cache(1)  # all keys of an arm ask for its model
     def trained(arm, seed):
@@ -59,7 +59,7 @@ def experiments(
 
     def objective(arm, seed):
         tok, den = trained(arm, seed)
-        draw = drawer(den, tok, data.shape, times(config, 25), config["guidance"])
+        draw = drawer(den, tok, data.shape, times(config, 25), config.guidance)
         test = data.batch("test", Draws(seed, torch.arange(min(n, 256))))
         bits = bits_per_dim(den, test.x, tok(test.captions), Draws(seed, torch.arange(len(test.x))))
         return dict(evaluate(draw, data, n=n), bits=bits.mean().item())

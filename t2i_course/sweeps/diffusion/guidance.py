@@ -9,7 +9,7 @@ from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
 from t2i_course.core.metrics import judge_for, obedience, reference
 from t2i_course.core.training import has_bf16, pick_device
-from t2i_course.diffusion.ddpm import guided, recipe
+from t2i_course.diffusion.ddpm import guided, recipe_for
 from t2i_course.diffusion.guidance import (
     FIXES,
     TS,
@@ -22,6 +22,7 @@ from t2i_course.diffusion.guidance import (
     measured,
     nulls,
     on_gray,
+    painted_config,
     painted_model,
     painter,
     saturation,
@@ -64,7 +65,7 @@ def on_digits(
 ):  # yields (key, make)
     "One base model: both kinds of guidance, spans; then an arm for each dropout rate and each null"
     data = load("digits")
-    config = recipe(data.shape[0], data.words, scale=scale)
+    config = recipe_for(data, scale) | dict(max_len=12)
 
     @cache  # the base model is asked for again and again
     def arm(p_drop=0.1, null="text"):
@@ -138,7 +139,10 @@ def on_painted(
 ):  # yields (key, make)
     "One model: the sweep of w, and saturation with every remedy"
     data = load("painted")
-    config, precision = recipe(3, data.words, scale=scale), "bf16" if has_bf16(pick_device()) else "fp32"
+    config, precision = (
+        painted_config(data, scale) | dict(max_len=12),
+        "bf16" if has_bf16(pick_device()) else "fp32",
+    )
     captions, judge = on_gray(data), judge_for(data)
     captions = captions[:: max(1, len(captions) // s["gray"])][: s["gray"]]
 
@@ -198,10 +202,10 @@ def experiments(
     @cache
     def tables():
         painted = sets["painted"]
-        return painted_model(recipe(3, painted.words, scale=scale), painted)[1].skip.tables
+        return painted_model(painted_config(painted, scale) | dict(max_len=12), painted)[1].skip.tables
 
     def setting():
-        floor = {k: reference(d, judge_for(d), s["n"])["fd_floor"] for k, d in sets.items()}
+        floor = {k: reference(d, judge_for(d), s["n"])["floor"]["fd_floor"] for k, d in sets.items()}
         about = dict(
             seeds=list(seeds), times=TS, fd_floor=floor, spans={k: list(v) for k, v in SPANS.items()}
         )

@@ -10,7 +10,7 @@ from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
 from t2i_course.core.metrics import evaluate, judge_for, reference
 from t2i_course.core.training import has_bf16, pick_device
-from t2i_course.diffusion.ddpm import VP, drawer, eps, linear_betas, recipe, sample
+from t2i_course.diffusion.ddpm import VP, drawer, eps, linear_betas, recipe_for, sample
 from t2i_course.diffusion.preconditioning import CaptionGaussian, ScalarSkip, fit_skip, make_arm, word_groups
 from t2i_course.diffusion.samplers import heun
 from t2i_course.diffusion.schedules import EDM, edm_times, log_normal
@@ -77,7 +77,7 @@ def held_out_pairs(
     "Painted digits, with all pairs of words in the closed form and with those of the strokes alone"
     s, data, device = SWEEP[scale], Painted(), pick_device()
     safer = dict(all_pairs=False, stroke_pairs=True)
-    config, judge = recipe(data.shape[0], data.words, scale=scale), judge_for(data)
+    config, judge = recipe_for(data, scale) | dict(max_len=12), judge_for(data)
 
     @cache
     def fitted(name):
@@ -94,7 +94,7 @@ def held_out_pairs(
         made = dict(recipe=f"DDPM, {name}", images=images, train_seconds=time.perf_counter() - start)
         den.net.to(device)
         den.to(device)
-        w = config["guidance"] if images else 1.0
+        w = config.guidance if images else 1.0
         draw = drawer(den, tok, data.shape, torch.linspace(1, 0, steps + 1), w, hold=True, eta=0.0)
         params = sum(p.numel() for p in den.net.parameters())
         made |= dict(params=params, nfe=steps * (2 if images else 1))
@@ -112,10 +112,10 @@ def experiments(
 ):  # yields ('key.path', make), and make() gives the value
     "EDM against DDPM, Heun against Euler, wrong sigma_data, the ladder of skips; held-out pairs"
     s, data = SWEEP[scale], load("digits")
-    config, judge = recipe(data.shape[0], data.words, scale=scale), judge_for(data)
+    config, judge = recipe_for(data, scale) | dict(max_len=12), judge_for(data)
     device = pick_device()
     precision = "bf16" if has_bf16(device) else "fp32"
-    vp, edm, w, n = VP(linear_betas()), EDM(), config["guidance"], s["n"]
+    vp, edm, w, n = VP(linear_betas()), EDM(), config.guidance, s["n"]
     tok, _ = make_arm(config, vp)
     evaluations, n_ladder = 2 * s["steps"] - 1, 25 if scale != "smoke" else 3
 
@@ -148,7 +148,7 @@ def experiments(
             shift=SHIFT,
             precision=precision,
             seeds=list(seeds),
-            fd_floor=reference(data, judge, n)["fd_floor"],
+            fd_floor=reference(data, judge, n)["floor"]["fd_floor"],
         )
 
     def measured(den, seed, ts, w=w, sampler=None):

@@ -11,7 +11,7 @@ from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
 from t2i_course.core.metrics import evaluate, judge_for, reference
 from t2i_course.core.training import has_bf16, pick_device
-from t2i_course.diffusion.ddpm import build, drawer, guided, recipe, sample, v
+from t2i_course.diffusion.ddpm import build, drawer, guided, recipe_for, sample, v
 from t2i_course.diffusion.samplers import (
     SAMPLERS,
     bits_with,
@@ -141,7 +141,7 @@ def experiments(
 ):  # yields ('key.path', make), and make() gives the value
     "Samplers against calls of the network, eta, spacing, inversion, learned variance"
     s, data = SWEEP[scale], load("digits")
-    judge, config = judge_for(data), recipe(data.shape[0], data.words, scale=scale)
+    judge, config = judge_for(data), recipe_for(data, scale) | dict(max_len=12)
     precision = "bf16" if has_bf16(pick_device()) else "fp32"
     etas, fine = (s["nfe"][:1], 10) if scale == "smoke" else ((10, 50), 250)
 
@@ -154,7 +154,7 @@ def experiments(
         return {k: o[k] for k in ("fd", "precision", "recall")} | dict(obedience=o["obedience"]["all"])
 
     def setting():
-        floor = reference(data, judge, s["n"])["fd_floor"]
+        floor = reference(data, judge, s["n"])["floor"]["fd_floor"]
         about = dict(images=s["images"], n=s["n"], precision=precision, seeds=list(seeds))
         return about | dict(guidance=1.0, base="target v, linear betas", fd_floor=floor)
 

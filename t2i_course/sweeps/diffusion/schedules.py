@@ -11,7 +11,7 @@ from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
 from t2i_course.core.metrics import evaluate, load_judge, reference
 from t2i_course.core.training import has_bf16, pick_device
-from t2i_course.diffusion.ddpm import drawer, recipe
+from t2i_course.diffusion.ddpm import drawer, recipe_for
 from t2i_course.diffusion.schedules import make_arm, schedules, walk
 
 SWEEP = dict(  # training pictures, drawings, steps of the sampler; where a drawing begins; few and many steps
@@ -71,7 +71,7 @@ def experiments(
 
     def setting():
         def floor(data, judge):
-            return reference(data, judge, s["n"])["fd_floor"]
+            return reference(data, judge, s["n"])["floor"]["fd_floor"]
 
         return dict(
             images={k: s[k] for k in worlds},
@@ -88,7 +88,7 @@ def experiments(
     @lru_cache(1)  # all keys of an arm ask for its model
     def trained(world, name, seed):
         data, judge = worlds[world]
-        config = recipe(data.shape[0], data.words, scale=scale)
+        config = recipe_for(data, scale) | dict(max_len=12)
         tok, den = make_arm(config, processes[name], seed)
         began = time.perf_counter()
         loss = train_arm(den, tok, data, config, s[world], seed, precision)

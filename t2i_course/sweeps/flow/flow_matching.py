@@ -11,8 +11,8 @@ from t2i_course.core.ema import train_arm
 from t2i_course.core.metrics import evaluate, load_judge, reference
 from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.diffusion.ddpm import VP, drawer, linear_betas, uniform_times
-from t2i_course.diffusion.preconditioning import fit_skip, word_groups
-from t2i_course.flow.flow_matching import ETA, build, logit_normal, mode_times, recipe, recipe_for
+from t2i_course.diffusion.preconditioning import fit_skip
+from t2i_course.flow.flow_matching import ETA, build, logit_normal, mode_times, recipe_for
 
 ROWS = ("painted",)  # measured with the recipe as it stands
 GUIDANCE = ((1.0, 0.0), (2.0, 0.0), (2.0, 0.2), (4.0, 0.0), (4.0, 0.2))
@@ -117,15 +117,15 @@ def controls(
         config = recipe_for(data, scale)
         torch.manual_seed(seed)
         tok, den = build(config | dict(skip=arm == "skip"))
-        fit_skip(den, data, tok, config["fit_images"])
+        fit_skip(den, data, tok, config.fit_images)
         loss = train_arm(den, tok, data, config, images, seed, precision)
-        floor = reference(data, judge, n)["fd_floor"]
+        floor = reference(data, judge, n)["floor"]["fd_floor"]
         one = partial(measure, den, tok, data, judge, n, seed, held=n // 2, above=0.2)
         return config, one, dict(loss=loss, images=images, fd_floor=floor)
 
     def control(*arm):
         config, one, about = trained(*arm)
-        return one(w=config["guidance"]) | about
+        return one(w=config.guidance) | about
 
     def way(how, *arm):
         _, one, about = trained(*arm)
@@ -149,19 +149,19 @@ def experiments(
 ):  # yields ('key.path', make), and make() gives the value
     "Paths at few steps, densities of t, what skip, frame and guidance interval are worth"
     s, data = SWEEP[scale], Painted()
-    config = recipe(3, data.words, scale=scale, groups=word_groups(data))
-    config |= dict(t_mean=-0.3, t_std=1.4, pairs_in_groups=False)  # where every arm starts
+    start = dict(t_mean=-0.3, t_std=1.4, pairs_in_groups=False)  # of every arm
+    config = recipe_for(data, scale) | dict(max_len=12) | start
     judge, precision = load_judge("painted"), "bf16" if has_bf16(pick_device()) else "fp32"
     changes = arms(VP(linear_betas()))
 
     @cache
     def tables():
         tok, den = build(config)
-        return fit_skip(den, data, tok, config["fit_images"]).skip.tables
+        return fit_skip(den, data, tok, config.fit_images).skip.tables
 
     def setting():
-        floor = reference(data, judge, s["n"])["fd_floor"]
-        about = dict(images=s["images"], n=s["n"], steps=config["sample_steps"], precision=precision)
+        floor = reference(data, judge, s["n"])["floor"]["fd_floor"]
+        about = dict(images=s["images"], n=s["n"], steps=config.steps, precision=precision)
         return about | dict(pairs_in_groups=False, seeds=list(seeds), fd_floor=floor)
 
     @lru_cache(1)  # all keys of an arm ask for its model

@@ -1,6 +1,7 @@
 "The sweeps of the DiT chapter: sizes, patches and conditionings on digits; DiT and U-Net on painted digits."
 
 import time
+from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 
 import torch
@@ -11,9 +12,18 @@ from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
 from t2i_course.core.metrics import evaluate, frechet, judge_for, real_floor
 from t2i_course.core.training import has_bf16, pick_device
-from t2i_course.diffusion.ddpm import SIZES as UNET_SIZES, drawer, text_unet
+from t2i_course.diffusion.ddpm import SIZES as UNET_SIZES, UNetConfig, drawer, text_unet
 from t2i_course.diffusion.preconditioning import fit_skip
-from t2i_course.transformer.dit import build, counted_macs, denoiser, macs, n_params, recipe_for, unseen_loss
+from t2i_course.transformer.dit import (
+    Config,
+    build,
+    counted_macs,
+    denoiser,
+    macs,
+    n_params,
+    recipe_for,
+    unseen_loss,
+)
 
 ROWS = ("painted",)  # measured with the recipe as it stands
 MINI = dict(  # as the paper's four, small
@@ -31,11 +41,11 @@ SWEEP = dict(  # training pictures on digits and on painted digits, drawings, st
 
 
 def mini(
-    config: dict,  # as from `recipe`
+    config: Config,  # as from `recipe_for`
     size: str,  # S, B, L or XL
     patch: int,  # pixels on a side of a patch
     cond: str = "zero",  # how time and caption come in
-) -> dict:  # as from `recipe`
+) -> Config:
     "A small DiT without a closed form, and many small steps"
     small = dict(patch=patch, cond=cond, skip=False, n_layers=0, dim=32, batch=16, lr=3e-3, half_life=20_000)
     return config | MINI[size] | small
@@ -60,11 +70,16 @@ def score(
     return dict(fd=frechet(judge.features(x), real), obedience=right, loss=unseen_loss(den, tok, data))
 
 
+@dataclass(kw_only=True)
+class UNetBeside(Config, UNetConfig):
+    "The recipe of the chapter, and the sizes of a U-Net"
+
+
 def build_unet(
-    config: dict,  # as from `recipe`, and what `text_unet` reads
+    config: UNetBeside,  # with the sizes of the U-Net
 ) -> tuple:  # tokenizer, Denoiser with a fresh network
     "The same model with the U-Net of the DDPM chapter in place of the transformer"
-    tok, net = text_unet(config, config["skip"])
+    tok, net = text_unet(config, config.skip)
     return tok, denoiser(config, tok, net)
 
 
@@ -121,7 +136,7 @@ def experiments(
     def digits_row(seed, *arm):
         tok, den, made = trained(build, mini(base, *arm), data, seed, s["images"])
         row = score(den, tok, data, judge, see("train"), s["n"], seed, s["steps"])
-        return row | made | dict(macs=macs(den.net.net, base["max_len"]))
+        return row | made | dict(macs=macs(den.net.net, base.max_len))
 
     def painted_row(recipe, seed, build, config, **budget):
         tok, den, made = trained(build, config, painted, seed, **budget)
@@ -131,12 +146,12 @@ def experiments(
 
     @lru_cache(1)  # its seconds are the budget of another arm
     def dit_row(start, seed):
-        config = big | dict(skip=start, sample_steps=s["steps"])
+        config = big | dict(skip=start, steps=s["steps"])
         return painted_row("dit", seed, build, config, images=s["painted"])
 
     def unet_row(recipe, start, seed, **budget):
         sizes = {k: UNET_SIZES[scale][k] for k in ("widths", "depths", "d_emb")}
-        config = big | dict(skip=start, sample_steps=s["steps"]) | sizes
+        config = UNetBeside(**vars(big | dict(skip=start, steps=s["steps"])), **sizes)
         return painted_row(recipe, seed, build_unet, config, **budget)
 
     def unet_longer(start, seed):
