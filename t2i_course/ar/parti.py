@@ -271,6 +271,7 @@ SIZES = dict(smoke=dict(codec_widths=(16,16,24), codec_depth=1, n_codes=32, code
              full=dict(codec_widths=(128,192,256), codec_depth=2, n_codes=512, code_dim=16, dim=512, n_read=6,
                        n_layers=12, n_heads=8, batch=256))
 
+# %% ../../nbs/07_ar/03_parti.ipynb #50f1ef1c
 def recipe_for(
     data,               # captioned pictures
     scale:str='demo',   # smoke, demo or full

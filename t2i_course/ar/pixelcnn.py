@@ -345,6 +345,7 @@ class Config(contracts.Config):
     z_dim: int             # numbers a code
     hide: float=.1         # share of the training pictures that are drawn without their fine codes
 
+# %% ../../nbs/07_ar/01_pixelcnn.ipynb #097d96ec
 SIZES = dict( # one row a scale
     smoke=dict(codec_widths=(16,32), n_codes=(32,16), z_dim=8, codec_depth=1, width=32, depth=2, dim=32,
                n_layers=0, batch=16, lr=6e-3),
@@ -354,6 +355,7 @@ SIZES = dict( # one row a scale
               dim=512, n_layers=4, batch=256, lr=3e-4),
 )
 
+# %% ../../nbs/07_ar/01_pixelcnn.ipynb #097d96ed
 def recipe_for(
     data,              # captioned pictures, sides multiples of 16
     scale:str='demo',  # smoke, demo or full
@@ -387,6 +389,7 @@ def make_prior(
     bottom = kind(b, grids.bottom, c.dim, above=a, **how)
     return tok,TwoLevelPrior(enc, top, bottom, tok.null(), c.p_drop, c.blind)
 
+# %% ../../nbs/07_ar/01_pixelcnn.ipynb #94817a3f
 def build(
     config:Config,
     codec,   # a finished run of vqvae2
