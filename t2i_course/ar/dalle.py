@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.conditioning import Block, Cond, PAD, TextEncoder, WordTokenizer, attend as look, cat
-from ..core import contracts
+from ..core.contracts import Config as RunConfig, of_data
 from ..core.data import Draws
 from ..core.training import everyone
 from ..core.experiments import Arm, best_precision, fit
@@ -541,7 +541,7 @@ PARADIGM = 'VQ + AR' # the recipe stands for it in the report card
 PICTURES = True # it trains on pictures, not on latents
 
 @dataclass(kw_only=True)
-class OnCodesConfig(contracts.Config):
+class OnCodesConfig(RunConfig):
     "Of a prior on the codes of a VQ-VAE, which is a run of its own"
     dim: int               # width of the prior
     n_heads: int           # heads an attention
@@ -596,7 +596,7 @@ def recipe_for(
     # two inks on one paper: more to say in a code
     if data.name=='painted2': size |= dict(n_codes=2*size['n_codes'], share=.35)
     size['codec_widths'] = halved(data, size['codec_widths'])
-    return Config(**contracts.of_data(data), lr=2e-3, half_life=4000, temperature=.6,
+    return Config(**of_data(data), lr=2e-3, half_life=4000, temperature=.6,
                   palette=data.shape[0]>1, **size)
 
 # %% ../../nbs/07_ar/02_dalle.ipynb #17544825
