@@ -3,10 +3,10 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal
 
 import typer
-from typer import Argument, Option
+from typer import Argument
 
 from t2i_course.core.files import CourseError, between, say
 from t2i_course.core.guards import Stopped
@@ -21,10 +21,9 @@ from t2i_course.run.sample import draw_file
 from t2i_course.run.sheets import SHEET
 from t2i_course.run.stamp import _typed
 from t2i_course.run.train import train_run
-from t2i_course.run.words import Command, Commands, Sample, of_the_system
+from t2i_course.run.words import Command, Commands, Sample, flag, of_the_system, roles, told
 
 app = typer.Typer(
-    name="t2i",
     help="Train, sample and measure the text-to-image models of t2i_course.",
     epilog="Start with: t2i demo",
     cls=Commands,
@@ -33,14 +32,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-SETS = "digits, painted, painted2, mnist, fashion, cifar10 or a folder as ./FOLDER"
-SIZE = "side of a folder's pictures, which are cropped to their central square and resized (default 32)"
-Split = Annotated[str, Option(metavar="NAME", help="train, test, or painted: heldout")]
-Side = Annotated[Optional[int], Option("--size", metavar="N", help=SIZE)]
-File = Annotated[Optional[str], Option("--out", metavar="FILE", help="file to write")]
-Quiet = Annotated[bool, Option("--quiet", help="no progress bar")]
-Seed = Annotated[int, Option(metavar="N", help="of every random number")]
-Run = Annotated[str, Argument(metavar="RUN", help="run folder")]
+
+def n(help: str, *names):
+    "An option with a number behind it"
+    return told(help, "N", *names)
 
 
 def command(**how):
@@ -48,83 +43,74 @@ def command(**how):
     return app.command(**dict(cls=Command) | how)
 
 
+DATA = "digits, painted, painted2, mnist, fashion, cifar10 or a folder as ./FOLDER"
+SIZE = "side of a folder's pictures, which are cropped to their central square and resized (default 32)"
+Side = Annotated[int | None, n(SIZE, "--size")]
+Split = Annotated[str, told("train, test, or painted: heldout", "NAME")]
+File = Annotated[str | None, told("file to write", "FILE", "--out")]
+Quiet = Annotated[bool, flag("no progress bar", "--quiet")]
+Seed = Annotated[int, n("of every random number")]
+Run = Annotated[str, Argument(metavar="RUN", help="run folder")]
+Name = Annotated[str, Argument(metavar="DATA", help=DATA)]
+DATA = (
+    f"{DATA}, of captioned images (default painted); with --resume: the new place of a folder that was moved"
+)
+
+
 @command(name="demo")
 def demo_command(
-    images: Annotated[Optional[int], Option(metavar="N", help="pictures to train on (default 40000)")] = None,
-    seconds: Annotated[
-        Optional[float], Option(metavar="N", help="time limit of training (default 150)")
-    ] = None,
-    out: Annotated[str, Option(metavar="RUN", help="run folder")] = "runs/demo",
+    images: Annotated[int | None, n("pictures to train on (default 40000)")] = None,
+    seconds: Annotated[float | None, n("time limit of training (default 150)")] = None,
+    out: Annotated[str, told("run folder", "RUN")] = "runs/demo",
 ):
     "Train on painted digits, draw, measure: a minute on a fast machine, at most four on a slow one."
     demo(between(seconds, 0.1, 1e6, "--seconds"), out, between(images, 1, 1e12, "--images", whole=True))
 
 
-@command(epilog=lambda: f"Recipes: {', '.join(recipes())}")
-def train(
-    name: Annotated[Optional[str], Argument(metavar="RECIPE", help="see --list")] = None,
-    all_of_them: Annotated[bool, Option("--list", help="the recipes")] = False,
-    data: Annotated[
-        Optional[str],
-        Option(
-            help=f"{SETS}, of captioned images (default painted); with --resume: the new place of a folder that "
-            "was moved",
-        ),
-    ] = None,
+@command(name="train", epilog=lambda: f"Recipes: {', '.join(recipes())}")
+def train_command(
+    name: Annotated[str | None, Argument(metavar="RECIPE", help="see --list")] = None,
+    all_of_them: Annotated[bool, flag("the recipes", "--list")] = False,
+    data: Annotated[str | None, told(DATA, "DATA")] = None,
     scale: Annotated[
-        Optional[Literal["smoke", "demo", "full"]],
-        Option(help="size of the model and default length (default: T2I_SCALE, else demo)"),
+        Literal["smoke", "demo", "full"] | None,
+        told("size of the model and default length (default: T2I_SCALE, else demo)"),
     ] = None,
-    seconds: Annotated[Optional[float], Option(metavar="N", help="wall time of training")] = None,
+    seconds: Annotated[float | None, n("wall time of training")] = None,
     images: Annotated[
-        Optional[int],
-        Option(
-            metavar="N",
-            help="images seen: the clock that makes runs repeatable; with --seconds, what is first",
-        ),
+        int | None, n("images seen: the clock that makes runs repeatable; with --seconds, whichever is first")
     ] = None,
     precision: Annotated[
-        Optional[Literal["auto", "fp32", "bf16", "fp16"]],
-        Option(help="auto, the default: bf16 where the processor or GPU has units for it, else fp32"),
+        Literal["auto", "fp32", "bf16", "fp16"] | None,
+        told("auto, the default: bf16 where the processor or GPU has units for it, else fp32"),
     ] = None,
-    seed: Annotated[Optional[int], Option(metavar="N", help="of every random number (default 0)")] = None,
+    seed: Annotated[int | None, n("of every random number (default 0)")] = None,
     resume: Annotated[
         bool,
-        Option(
-            "--resume", help="go on with the run in --out; other options may be left out, and may not differ"
-        ),
+        flag("go on with the run in --out; other options may be left out, and may not differ", "--resume"),
     ] = False,
-    out: Annotated[
-        Optional[str], Option(metavar="RUN", help="run folder (default runs/RECIPE-DATA-SEED)")
-    ] = None,
-    save_every: Annotated[float, Option(metavar="N", help="seconds between checkpoints")] = 20.0,
+    out: Annotated[str | None, told("run folder (default runs/RECIPE-DATA-SEED)", "RUN")] = None,
+    save_every: Annotated[float, n("seconds between checkpoints")] = 20.0,
     quiet: Quiet = False,
     size: Side = None,
     items: Annotated[
-        Optional[list[str]],
-        Option(
-            "--set", metavar="FIELD=VALUE", help="fields of the recipe's config, such as lr=1e-4 batch=128"
-        ),
+        list[str] | None, told("fields of the config: lr=1e-4 batch=128", "FIELD=VALUE", "--set")
     ] = None,
     use: Annotated[
-        Optional[list[str]],
-        Option(
-            metavar="ROLE=RUN", help="finished runs to stand on; one that is needed is else trained first"
-        ),
+        list[str] | None,
+        told("finished runs to stand on; what is needed and not given is trained first", "ROLE=RUN"),
     ] = None,
-    codec: Annotated[Optional[str], Option(metavar="RUN", help="short for --use codec=RUN")] = None,
+    codec: Annotated[str | None, told("short for --use codec=RUN", "RUN")] = None,
     shard: Annotated[
-        Optional[Literal["ddp", "fsdp"]],
-        Option(help="under torchrun: a copy of the model in each process, or a shard of it"),
+        Literal["ddp", "fsdp"] | None,
+        told("under torchrun: a copy of the model in each process, or a shard of it"),
     ] = None,
-    accumulate: Annotated[int, Option(metavar="N", help="micro-batches a step")] = 1,
+    accumulate: Annotated[int, n("micro-batches a step")] = 1,
     checkpointing: Annotated[
         bool,
-        Option(
-            "--checkpointing", help="compute activations again in the backward pass instead of keeping them"
-        ),
+        flag("compute activations again in the backward pass instead of keeping them", "--checkpointing"),
     ] = False,
-    compiled: Annotated[bool, Option("--compile", help="torch.compile, block by block")] = False,
+    compiled: Annotated[bool, flag("torch.compile, block by block", "--compile")] = False,
 ):
     "Train a recipe into a run folder."
     if all_of_them:
@@ -136,70 +122,32 @@ def train(
     known = resume and out and (Path(out) / "config.json").exists()  # the run knows its recipe
     if not (name or known):
         raise CourseError(f"say which recipe to train: {', '.join(recipes())}")
-    out = train_run(
-        name,
-        data,
-        scale,
-        seconds,
-        images,
-        seed,
-        out,
-        resume,
-        precision,
-        items=items or (),
-        use=roles(use or [], codec),
-        size=size,
-        quiet=quiet,
-        save_every=save_every,
-        shard=shard,
-        checkpointing=checkpointing,
-        compiled=compiled,
-        accumulate=accumulate,
-    )
+    how = dict(quiet=quiet, save_every=save_every, shard=shard, accumulate=accumulate)
+    how |= dict(checkpointing=checkpointing, compiled=compiled)
+    given = dict(items=items or (), use=roles(use or [], codec), size=size)
+    out = train_run(name, data, scale, seconds, images, seed, out, resume, precision, **given, **how)
     if not int(os.environ.get("RANK", 0)):
         print(f'{out}: trained. Draw with: t2i sample {out} --prompt "..." --out picture.png')
 
 
-def roles(
-    use: list,  # ROLE=RUN
-    codec,  # a run, or None
-) -> dict:  # role -> run
-    "What the run stands on; None where nothing was said"
-    found = dict(codec=codec) if codec else {}
-    for item in use:
-        role, equals, run = item.partition("=")
-        if not (role and equals and run):
-            raise CourseError(f"--use wants ROLE=RUN, such as codec=runs/vae-painted-0; got '{item}'")
-        if found.get(role, run) != run:
-            raise CourseError(f"two runs are given as the {role}: {found[role]} and {run}")
-        found[role] = run
-    return found or None
-
-
-@command(cls=Sample)
-def sample(
+@command(name="sample", cls=Sample)
+def sample_command(
     context: typer.Context,
     run: Run,
     out: Annotated[
         str,
-        Option(
-            metavar="FILE",
-            help=f"picture.png (a labelled sheet of at most {SHEET}) or pictures.npz (images, captions)",
-        ),
+        told(f"picture.png (a labelled sheet of at most {SHEET}) or pictures.npz (images, captions)", "FILE"),
     ],
-    prompt: Annotated[
-        Optional[list[str]], Option(metavar="TEXT", help="captions; may be given several times")
-    ] = None,
+    prompt: Annotated[list[str] | None, told("captions; may be given several times", "TEXT")] = None,
     captions: Annotated[
-        Optional[str],
-        Option(
-            metavar="FILE",
-            help="UTF-8 file or pipe (- is standard input), one caption a line; a blank line draws without "
-            "condition",
+        str | None,
+        told(
+            "UTF-8 file or pipe (- is standard input), one caption a line; a blank one is no condition",
+            "FILE",
         ),
     ] = None,
-    per_caption: Annotated[int, Option(metavar="N", help="pictures of each caption")] = 1,
-    seed: Annotated[int, Option(metavar="N", help="of the noise")] = 0,
+    per_caption: Annotated[int, n("pictures of each caption")] = 1,
+    seed: Annotated[int, n("of the noise")] = 0,
 ):
     "Draw captions with a trained run."
     draw_file(run, out, prompt, captions, per_caption, seed, **context.meta["options"])
@@ -208,12 +156,9 @@ def sample(
 @command(name="eval")
 def eval_command(
     run: Run,
-    n: Annotated[int, Option(metavar="N", help="drawings")] = 1000,
-    seed: Annotated[int, Option(metavar="N", help="of captions and noise")] = 0,
-    data: Annotated[
-        Optional[str],
-        Option(metavar="FOLDER", help="the new place of its pictures, if their folder was moved"),
-    ] = None,
+    n: Annotated[int | None, n("drawings (default 1000, of digits 5000)")] = None,
+    seed: Annotated[int, n("of captions and noise")] = 0,
+    data: Annotated[str | None, told("where its pictures lie now, if they were moved", "FOLDER")] = None,
 ):
     "Measure a run: obedience, Frechet distance, recall, copying."
     between(n, 8, 100_000, "--n", whole=True)
@@ -223,11 +168,9 @@ def eval_command(
 
 @command(name="run", epilog=lambda: f"Chapters: {', '.join(('demo', *sweeps()))}")
 def run_command(
-    chapter: Annotated[str, Argument(help="name of a chapter")],
-    seeds: Annotated[int, Option(metavar="N", help="how many")] = 2,
-    seconds: Annotated[
-        Optional[float], Option(metavar="N", help="training time of a row (default 60)")
-    ] = None,
+    chapter: Annotated[str, Argument(metavar="CHAPTER", help="its name")],
+    seeds: Annotated[int, n("how many")] = 2,
+    seconds: Annotated[float | None, n("training time of a row (default 60)")] = None,
     out: File = None,
 ):
     "Make the measurements of a chapter (results/CHAPTER.json); again: go on with the first that is missing."
@@ -241,10 +184,10 @@ def first_seeds(n: int) -> tuple:
 
 @command(name="data")
 def data_command(
-    name: Annotated[str, Argument(metavar="DATA", help=SETS)],
-    out: Annotated[str, Option(metavar="FILE", help="file.npz")],
+    name: Name,
+    out: Annotated[str, told("file.npz", "FILE")],
     split: Split = "train",
-    n: Annotated[int, Option(metavar="N", help="pictures")] = 1000,
+    n: Annotated[int, n("pictures")] = 1000,
     seed: Seed = 0,
     size: Side = None,
 ):
@@ -252,21 +195,17 @@ def data_command(
     write_data(name, out, split, n, seed, size)
 
 
-@command()
-def prepare(
-    data: Annotated[str, Argument(help=SETS)],
-    images: Annotated[int, Option(metavar="N", help="how many")],
-    out: Annotated[
-        str, Option(metavar="FOLDER", help="of the shards; prepare again to go on after an interruption")
-    ],
+@command(name="prepare")
+def prepare_command(
+    data: Name,
+    images: Annotated[int, n("how many")],
+    out: Annotated[str, told("of the shards; prepare again to go on after an interruption", "FOLDER")],
     size: Side = None,
     split: Split = "train",
-    shard_size: Annotated[int, Option(metavar="N", help="images a shard")] = 4096,
-    codec: Annotated[
-        Optional[str], Option(metavar="RUN", help="a trained vae run: store its latents instead of pictures")
-    ] = None,
+    shard_size: Annotated[int, n("images a shard")] = 4096,
+    codec: Annotated[str | None, told("a trained vae: store its latents instead of pictures", "RUN")] = None,
     store: Annotated[
-        Literal["float32", "float16", "uint8"], Option(help="how numbers are kept; float32 is exact")
+        Literal["float32", "float16", "uint8"], told("how numbers are kept; float32 is exact")
     ] = "float32",
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -275,22 +214,18 @@ def prepare(
     prepare_data(data, out, images, size, split, shard_size, codec, store, seed, quiet)
 
 
-@command()
-def bench(
+@command(name="bench")
+def bench_command(
     what: Annotated[
         Literal["painted", "digits", "speed"],
         Argument(help="painted digits, MNIST beside two published recipes, or steps beside diffusers"),
     ] = "painted",
     seconds: Annotated[
-        Optional[list[float]],
-        Option(metavar="N", help="training times (default painted 60 180, digits 2.5 to 240)"),
+        list[float] | None, n("training times (default painted 60 180, digits 2.5 to 240)")
     ] = None,
-    seeds: Annotated[
-        Optional[int], Option(metavar="N", help="how many (default painted 2, digits 3)")
-    ] = None,
+    seeds: Annotated[int | None, n("how many (default painted 2, digits 3)")] = None,
     peers: Annotated[
-        Optional[list[str]],
-        Option(metavar="[diffusers|torchcfm]", help="digits: which published recipes (default both)"),
+        list[str] | None, told("digits: which published recipes (default both)", "[diffusers|torchcfm]")
     ] = None,
     out: File = None,
 ):
@@ -304,9 +239,9 @@ def bench(
 
 @command(name="report")
 def report_command(
-    folder: Annotated[Optional[str], Argument(help="default: results/")] = None,
+    folder: Annotated[str | None, Argument(metavar="FOLDER", help="default: results/")] = None,
     figure: Annotated[
-        Optional[str], Option(metavar="FILE", help="where it goes (default report.png beside the results)")
+        str | None, told("where it goes (default report.png beside the results)", "FILE")
     ] = None,
 ):
     "The report card and one table of all results."

@@ -21,6 +21,7 @@ from t2i_course.sweeps.gan import (adversarial as adversarial_sweep, biggan as b
 from t2i_course.sweeps.ar import dalle as dalle_sweep
 from t2i_course.sweeps.diffusion import samplers as samplers_sweep
 from tree import ROOT
+from uses import uses_of
 
 
 def chapter(name):
@@ -282,9 +283,9 @@ def test_the_early_arms_are_early(monkeypatch):
     "They get their share of the pictures, and come out otherwise than the arms that are trained to the end."
     images, arm = {}, dalle_sweep.fit_arm
 
-    def watched(codec, tok, data, config, n, seed, precision):
-        images[config["counts"], n] = True
-        return arm(codec, tok, data, config, n, seed, precision)
+    def watched(codec, data, config, n, seed):
+        images[config.counts, n] = True
+        return arm(codec, data, config, n, seed)
     monkeypatch.setattr(dalle_sweep, "fit_arm", watched)
     monkeypatch.setitem(dalle_sweep.SWEEP, "smoke", dalle_sweep.SWEEP["smoke"] | dict(images=64, arm=320))
     makers = dict(dalle_sweep.experiments("smoke", (0,)))
@@ -296,27 +297,17 @@ def test_the_early_arms_are_early(monkeypatch):
 
 # --- what an arm changes is something that its model looks at ---
 
-class Watched(dict):
-    "A config that remembers which entries were looked at."
-    def __init__(self, *args): super().__init__(*args); self.seen = set()
-    def __getitem__(self, k): self.seen.add(k); return super().__getitem__(k)
-    def get(self, k, default=None): self.seen.add(k); return super().get(k, default)
-    def __or__(self, other): raise TypeError("a copy would not be watched")
-
-
 def watched(config):
-    "The same for a config that is a dataclass: the config, and the names of the fields that were looked at."
-    if isinstance(config, dict): return (config := Watched(config)), config.seen
-    seen, fields = set(), set(config.keys())
-
-    class Seen(type(config)):
-        def __getattribute__(self, k):
-            if k in fields: seen.add(k)
-            return object.__getattribute__(self, k)
+    "The same config, and the set of the fields that are looked at from now on."
+    seen = set()
+    class Watched(type(config)):
+        def __getattribute__(self, name):
+            seen.add(name)
+            return super().__getattribute__(name)
         def __or__(self, other): raise TypeError("a copy would not be watched")
-    config.__class__ = Seen
-    seen.clear()
-    return config, seen
+    new = object.__new__(Watched)
+    new.__dict__.update(config.__dict__)
+    return new, seen
 
 
 CHANGES = [(m, d, k, c) for m, d, by in (
@@ -332,8 +323,9 @@ CHANGES = [(m, d, k, c) for m, d, by in (
 def test_what_an_arm_changes_is_looked_at(module, data, arm, change):
     config = module.recipe_for(load(data), "smoke")
     assert change.keys() <= config.keys(), "a name that the recipe does not know"
+    uses = uses_of(module, config)
     config, seen = watched(config | change)
-    _, model = module.build(config)
+    _, model = module.build(config, **uses)
     from t2i_course.core.ema import state_for
     state_for(model, config)
     assert change.keys() <= seen, change.keys() - seen

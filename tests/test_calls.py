@@ -14,6 +14,7 @@ from t2i_course.core.conditioning import count_calls
 from t2i_course.core.data import Draws, results_path
 from t2i_course.core.sources import load
 from t2i_course.diffusion import ddpm, samplers
+from uses import built
 
 DRAWN = dict(guidance=1.), dict(guidance=3.), dict(candidates=3), dict(steps=7), dict(guide_below=.5)
 
@@ -21,8 +22,8 @@ DRAWN = dict(guidance=1.), dict(guidance=3.), dict(candidates=3), dict(steps=7),
 def model_of(recipe, data="digits", scale="smoke", **change):
     config = settings(recipe, data, scale, None, 64, 0, "fp32", changes=change)
     torch.manual_seed(0)
-    tok, model = module_of(recipe).build(config)
-    config |= dict(fit_images=256)
+    tok, model = built(module_of(recipe), config)
+    if "fit_images" in config: config |= dict(fit_images=256)
     model.prepare(load(data), tok, config)
     return tok, model, config
 
@@ -103,7 +104,6 @@ def test_published_calls_are_those_of_the_recipe(name, data):
             full = settings(recipe, data, "demo", 5 if quick else None, None, 0, "fp32")
             drawn = ("steps", "guidance", "guide_above", "guide_below", "candidates")
             tok, model, config = model_of(recipe, data, **{k: full[k] for k in drawn if k in full})
-            if recipe == "dalle": config |= {}
             known[recipe, quick] = model.calls(config)
         assert row["nfe"] == known[recipe, quick], (recipe, row.get("guidance"))
 

@@ -22,7 +22,7 @@ from t2i_course.core.prepare import prepare
 from t2i_course.core.sources import load
 
 HOWS = ("ddp", "fsdp")
-SHARED = ("vqvae", "vqvae2", "dvae", "ddpm", "dit", "flow_matching") # the recipes with one loss
+SHARED = ("vqvae", "vqvae2", "dvae", "ddpm", "dit", "flow_matching", "pixelcnn", "dalle", "parti", "cm3leon") # the recipes with one loss
 # Sums are rounded in another order on two processes, and Adam divides a gradient by its own size: where it is nearly 0 its rounding
 # decides. Measured after five steps with rates up to .004: largest difference 2e-6, root mean square 1e-8. Copies that
 # drift apart are .005 and more from each other.

@@ -17,6 +17,7 @@ from t2i_course.core.data import Draws
 from t2i_course.core.sources import load
 from t2i_course.core.files import load_tensors
 from t2i_course.core.guards import Stopped
+from uses import built
 
 every_recipe = pytest.mark.parametrize("recipe", recipes())
 IMAGES = 256
@@ -55,7 +56,7 @@ def test_losses_are_one_a_sample_on_both_rungs(recipe, data):
     "Every turn gives finite losses, one a sample, that depend on the weights of its part."
     config, ds = settings(recipe, data, "smoke", None, 64, 0, "fp32"), load(data)
     torch.manual_seed(0)
-    tok, model = module_of(recipe).build(config)
+    tok, model = built(module_of(recipe), config)
     model.prepare(ds, tok, config)
     batch, draws = ds.batch("train", Draws(0, torch.arange(8))), Draws(0, torch.arange(8))
     turns = [("", model.loss)] if callable(model.loss) else [(t.part, t.loss) for t in model.loss]

@@ -10,7 +10,6 @@ from t2i_course.capstone import report_card as rc
 from t2i_course.codec.vae import lookalikes
 from t2i_course.core.sources import load
 from t2i_course.core.metrics import load_judge
-from torch import nn
 
 
 def row(recipe, obeys, fd, drawing):

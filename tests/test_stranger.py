@@ -219,12 +219,13 @@ def test_any_data_have_a_distance_with_floor_and_n(data):
     n = len(data.texts["test"])
     def right(captions, seed): return data.batch("test", Draws(20, torch.arange(len(captions)))).x
     row = evaluate(right, data, n=1000)
+    assert row["n_asked"] == 1000 and row["n_note"] == f"{data.name} has {n} test pictures: {n} are used, not 1,000"
     assert row["n"] == n and row["n_reference"] == len(data.texts["train"]) and row["features"] == RandomFeatures.name
     assert row["fd"] == pytest.approx(row["fd_test"])
-    assert abs(row["fd"] - row["fd_floor"]) < 5 * row["fd_floor_spread"], "real pictures lie at the floor"
+    assert abs(row["fd"] - row["fd_floor"]) < 5 * row["fd_floor_std"], "real pictures lie at the floor"
     soft = lambda captions, seed: torch.nn.functional.avg_pool2d(right(captions, seed), 3, 1, 1)
     for worse in (soft, memory(data)):
-        assert evaluate(worse, data, n=1000)["fd"] > row["fd_floor"] + 5 * row["fd_floor_spread"]
+        assert evaluate(worse, data, n=1000)["fd"] > row["fd_floor"] + 5 * row["fd_floor_std"]
     json.dumps(row)
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from t2i_course.bench.peers import PEERS, draw_peer, train_peer
 from t2i_course.bench.ruler import Ruler
 from t2i_course.bench.twins import equal_size, roofline
+from t2i_course.core.config import to_json
 from t2i_course.core.data import scale
 from t2i_course.core.files import write_json
 from t2i_course.core.sources import load
 from t2i_course.core.runs import open_run
-from t2i_course.core.runfiles import json_of
 from t2i_course.run.rows import cleared
 from t2i_course.run.settings import settings
 from t2i_course.run.stamp import alike
@@ -161,7 +161,7 @@ def digits(
                 row = keep(
                     f"{arm}-{seconds:g}-{seed}",
                     partial(own_row, arm, seconds, seed, ruler, work),
-                    config=json_of(own_settings(arm, seconds, seed, ruler)) | dict(versions=None),
+                    config=to_json(own_settings(arm, seconds, seed, ruler)) | dict(versions=None),
                 ) | dict(data=ruler.data.name)
                 say(
                     f"{arm} {seconds:g} s, seed {seed}: {100 * row['accuracy']:.1f}%, "

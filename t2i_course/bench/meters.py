@@ -30,11 +30,6 @@ def median(v) -> float:
     return sorted(v)[len(v) // 2]
 
 
-def wait(device):  # GPUs work ahead of the program
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def matmul_peak(
     device: str,
     dtype,  # torch.float32 or torch.bfloat16

@@ -6,7 +6,7 @@
 __all__ = ['MEASURES', 'HEAD', 'training_memory', 'variety', 'entries', 'lines', 'text_table', 'figure']
 
 # %% ../../nbs/13_capstone/01_report_card.ipynb #a10e99eb
-import statistics
+import math, statistics
 import torch
 from ..codec.vae import lookalikes
 from ..core.counting import kept, tensor_bytes
@@ -60,6 +60,7 @@ def variety(
 MEASURES = dict( # name -> how it is read from a measured row
     obeys=lambda r: r['obedience']['all'], digit=lambda r: r['obedience']['digit'],
     heldout=lambda r: r['heldout']['all'],
+    matched=lambda r: r['heldout'].get('seen_matched', {}).get('all', math.nan), # rows before it was measured: unknown
     floors=lambda r: r['fd']/r['fd_floor'], precision=lambda r: r['precision'], recall=lambda r: r['recall'],
     variety=lambda r: r['variety'],
     nearest=lambda r: r['nearest'], images=lambda r: r['images'], params=lambda r: r['params'],
@@ -79,16 +80,16 @@ def entries(
     return sorted(out, key=lambda e: -e['obeys'][0])
 
 # %% ../../nbs/13_capstone/01_report_card.ipynb #d31c0a9c
-HEAD = ('paradigm', 'recipe', 'obeys', 'held-out', 'floors', 'precision', 'recall', 'variety', 'copies',
+HEAD = ('paradigm', 'recipe', 'obeys', 'held-out', 'matched', 'floors', 'precision', 'recall', 'variety', 'copies',
         'parameters', 'images', 'memory', 'calls', 'M mult-adds', 's per 1,000')
 
 def lines(
     rows:list, # as from `entries`
 )->list:       # one tuple of strings a paradigm, in the order of HEAD
     "The report card in words; the range of the seeds in brackets"
-    def pc(v): return f'{100*v[0]:.1f}% ({100*v[1]:.1f})'
+    def pc(v): return '-' if math.isnan(v[0]) else f'{100*v[0]:.1f}% ({100*v[1]:.1f})'
     def num(v): return f'{v[0]:.2f} ({v[1]:.2f})'
-    return [(e['name'], e['recipe'], pc(e['obeys']), pc(e['heldout']), num(e['floors']), num(e['precision']),
+    return [(e['name'], e['recipe'], pc(e['obeys']), pc(e['heldout']), pc(e['matched']), num(e['floors']), num(e['precision']),
              num(e['recall']), num(e['variety']), f"{100*e['nearest'][0]:.1f}%",
              f"{e['params'][0]/1e6:.2f} M",
              f"{e['images'][0]:,.0f}", f"{e['memory']/2**20:.0f} MB",

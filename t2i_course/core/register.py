@@ -20,9 +20,7 @@ def recipes() -> dict:  # name -> dotted module, in the order of the course's pa
         if FACE <= {name.removeprefix(f"{module}.") for name in entries}:
             page = next(iter(entries.values()))[0]
             found.append((page, module.rpartition(".")[2], module))
-    from t2i_course.core.legacy import legacy
-
-    return {name: module for _, name, module in sorted(found)} | legacy()
+    return {name: module for _, name, module in sorted(found)}
 
 
 def recipe(
@@ -31,12 +29,7 @@ def recipe(
     "The module of a recipe, or a sentence that names those there are"
     if name not in recipes():
         raise CourseError(f"there is no '{name}': choose {', '.join(recipes())}")
-    module = import_module(recipes()[name])
-    if not hasattr(module, "Config"):
-        from t2i_course.core.legacy import Legacy
-
-        return Legacy(recipes()[name])
-    return module
+    return import_module(recipes()[name])
 
 
 @cache

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from t2i_course.core.config import Config, from_json, to_json
-from t2i_course.core.files import CourseError
+from t2i_course.core.files import CourseError, write_json
 from t2i_course.core.register import recipe
 from t2i_course.core.sources import is_path
 
@@ -35,26 +35,33 @@ def read_json(
 def read_config(
     run,  # a run folder
 ) -> Config:  # its config.json, in the class of its recipe
-    "The settings of a run; unknown and missing fields are refused with a sentence"
+    "The settings of a run, its data with their whole path; unknown and missing fields are refused with a sentence"
     values = read_json(run)
+    if is_path(values.get("data", "")):
+        values["data"] = str(place_of(run, values["data"]))
     try:
         module = recipe(values["recipe"])
     except CourseError as e:
         raise CourseError(f"{run} was trained by a recipe that is not here: {e}") from e
-    if module.Config is None:
-        return module.read(values)
     return from_json(module.Config, values, Path(run) / "config.json")
 
 
-def json_of(config) -> dict:
-    return json.loads(json.dumps(config)) if isinstance(config, dict) else to_json(config)
+def write_config(
+    run,  # an existing folder
+    config: Config,  # its data with their whole path
+):
+    "config.json, with the data as seen from the run"
+    values = to_json(config)
+    if is_path(values["data"]):
+        values["data"] = seen_from(run, values["data"])
+    write_json(Path(run) / "config.json", values)
 
 
 def config_hash(
     config: Config,  # settings of a run
 ) -> str:  # 16 hex digits
     "Ties checkpoints and models to their settings; where folders lie does not matter, they may be moved"
-    values = json_of(config)
+    values = to_json(config)
     values["uses"] = {role: used["model"] for role, used in values["uses"].items()}
     if is_path(values["data"]):
         del values["data"]
@@ -86,16 +93,22 @@ def model_hash(
         raise CourseError(f"{path} cannot be read ({e}): it is damaged. Take it from a backup.") from e
 
 
+def whole(
+    path,  # as a user types it
+) -> str:
+    "The whole path of a folder"
+    return str(Path(path).expanduser().resolve())
+
+
 def seen_from(
     run,  # run folder
     path,  # another folder
 ) -> str:  # the way there
     "The path of a folder as seen from a run, so that both can be moved together"
-    path = Path(path).expanduser().resolve()
     try:
-        way = Path(os.path.relpath(path, Path(run).resolve())).as_posix()
+        way = Path(os.path.relpath(whole(path), whole(run))).as_posix()
     except ValueError:
-        return str(path)  # on another drive
+        return whole(path)  # on another drive
     return way if way.startswith("..") else f"./{way}"
 
 
@@ -105,11 +118,3 @@ def place_of(
 ) -> Path:
     "Where a folder lies"
     return Path(os.path.normpath(Path(run).resolve() / way))  # a whole path stays as it is
-
-
-def data_of(
-    run,  # run folder
-    config: Config,  # its settings
-) -> str:  # what `load` takes
-    "The data of a run: the name of a data set, or the place of a folder"
-    return str(place_of(run, config.data)) if is_path(config.data) else config.data

@@ -570,7 +570,9 @@ class Stacked:
     "A digit each in red, green and blue: which three is the mode"
     name,shape,attributes,words,size = 'stacked',(3,16,16),{},('three','digits'),3
     splits,source,caption = ('train','test'),'scikit-learn digits, split 4:1 by glyph','three digits'
+    fingerprint,group = 'stacked-1',1
     def __init__(self): self.digits = Digits()
+    def demands(self, caption:str)->dict: return {} # its caption says nothing of the digits
     def batch(self,
         split:str,   # train or test
         draws:Draws, # the random numbers of these images

@@ -32,7 +32,7 @@ class Tinted(Labelled):
     "The digits of the course in a colour, on black or dark blue: 16x16, and every caption names all three"
     def __init__(self):
         self.own = Digits()
-        self.name,self.shape = 'tinted',(3,16,16)
+        self.name,self.shape,self.fingerprint = 'tinted',(3,16,16),'tinted-1'
         self.splits,self.source = self.own.splits,self.own.source+', in colour'
         self.labels = self.own.labels
         self.attributes = dict(digit=tuple(NUMBERS), ink=('red','green','yellow'), paper=tuple(GROUNDS))

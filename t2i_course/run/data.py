@@ -10,7 +10,6 @@ import torch
 from t2i_course.core.data import Draws, split_words
 from t2i_course.core.files import CourseError, between, make_folder, say, write_npz
 from t2i_course.core.guards import one_writer
-from t2i_course.core.runfiles import data_of
 from t2i_course.core.runs import open_run
 from t2i_course.core.sources import is_path, load
 from t2i_course.run.sheets import to_bytes
@@ -60,7 +59,7 @@ def run_data(
     uses: dict,  # role -> the finished runs it stands on
 ) -> tuple:  # the data, and are they still the same?
     "The pictures of a run"
-    data = data_of(out, config)
+    data = config.data
     if is_path(data) and not Path(data).exists():
         raise CourseError(
             f"the pictures of {out} were in {data}, which is not there: if the folder was moved, write down "

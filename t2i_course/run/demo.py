@@ -148,5 +148,5 @@ def judged(
     each: float,  # seconds that a drawing takes here
     most: int,  # drawings on a fast machine
 ) -> int:
-    "How many captions: half as many again are drawn of held-out pairs, a fifth as many of training captions"
-    return max(min(most, 200), min(most, int(PATIENCE / (1.7 * each)) // 100 * 100))
+    "How many captions: as many again are drawn of held-out pairs and their partners, a fifth as many of training captions"
+    return max(min(most, 200), min(most, int(PATIENCE / (2.2 * each)) // 100 * 100))

@@ -1,30 +1,33 @@
 """Measuring as a command: the row of a run, in numbers and in words."""
 
 import json
-import math
 from datetime import date
 from pathlib import Path
 
 from t2i_course.core.files import CourseError, say, write_json
-from t2i_course.core.runfiles import place_of, read_config, seen_from
+from t2i_course.core.runfiles import place_of, read_config, whole
 from t2i_course.core.runs import open_run, open_uses
 from t2i_course.core.sources import is_path
 from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.run.data import run_data
 from t2i_course.run.progress import counting
 from t2i_course.run.stamp import command, hardware, versions
+from t2i_course.run.text import row_text
 
 
 def eval_run(
     run,  # run folder
-    n=1000,  # drawings
+    n=None,  # drawings; 1,000 if not said, of digits 5,000
     seed=0,  # of captions and noise
     quiet=False,  # print nothing, show no progress
     data=None,  # where its pictures lie now, if their folder was moved
 ) -> dict:  # the row
     "The measured row of a run; written to metrics.json in its folder"
-    call = f"eval_run({str(run)!r}, n={n}, seed={seed})"
+    from t2i_course.core.metrics import DRAWINGS
+
     found = open_run(run)
+    n = n or DRAWINGS.get(found.config.data, 1000)
+    call = f"eval_run({str(run)!r}, n={n}, seed={seed})"
     config = found.config if data is None else moved(found, data)
     pictures, same = run_data(found.run, config, open_uses(found.run, config))
     if not same:
@@ -56,7 +59,7 @@ def moved(
         raise CourseError(f"{found.run} was trained on {found.config.data}: leave --data out")
     if not is_path(data):
         raise CourseError(f"--data names the new place of a folder: write it as ./{data}")
-    return found.config | dict(data=seen_from(found.run, data))
+    return found.config | dict(data=whole(data))
 
 
 def protocol(draw, data, n: int, seed: int) -> dict:
@@ -108,63 +111,3 @@ def costs(
         for k in ("params_trained", "images", "seconds", "steps"):
             cost[k] += other[k]
     return cost
-
-
-def margin(
-    share,  # 0..1, of n independent pictures
-    n,  # pictures
-) -> float:  # half the width of the 95% interval
-    "How far a share can be off by the luck of the draw: Wilson's interval, which is not empty at 0 or 1"
-    z = 1.96
-    return z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2) / (1 + z * z / n)
-
-
-# unseen real pictures come so near in one case of a hundred; twenty times that is no chance with 40 drawings
-COPIES = 0.2
-
-
-def row_text(row: dict) -> str:
-    "A row for people"
-    pc = lambda v: f"{100 * v:.1f}%"
-
-    def counted(o):
-        return (
-            f"{pc(o['all'])} +- {100 * margin(o['all'], o['n']):.1f} ({o['n']:,} captions)"
-            if "n" in o
-            else pc(o["all"])
-        )
-
-    out = []
-    if "obedience" in row:
-        o = row["obedience"]
-        parts = {
-            k: v for k, v in o.items() if k not in ("all", "ceiling", "chance", "n") and isinstance(v, float)
-        }
-        out += [
-            f"pictures that show all their caption demands: {counted(o)}   "
-            f"(judge on unseen real pictures {pc(o['ceiling'])}, on shuffled captions {pc(o['chance'])})",
-            "  by attribute: " + "  ".join(f"{k} {pc(v)}" for k, v in parts.items()),
-        ]
-    if "heldout" in row:
-        out += [f"  digit x ink pairs never seen in training: {counted(row['heldout'])}"]
-    if "fd" in row:
-        out += [
-            f"Frechet distance {row['fd']:.2f} = {row['fd'] / row['fd_floor']:.1f} times the distance "
-            f"between two real sets; precision {row['precision']:.2f}, recall {row['recall']:.2f}"
-        ]
-        sizes = f"{row['n']:,} drawings of test captions"
-        if "n_reference" in row:
-            sizes += f" against {row['n_reference']:,} training pictures; features: {row['features']}"
-        out += [f"  {sizes}"]
-    elif "note" in row:
-        out += [f"no Frechet distance: {row['note']}"]
-    out += [
-        f"nearest-training-picture rate {pc(row['nearest'])} of {row['n']:,} drawings of test captions "
-        f"(unseen real pictures {pc(row['nearest_real'])}); "
-        f"{row['seconds_per_1000']:.0f} s per 1,000 pictures"
-    ]
-    if "nearest_train_captions" in row:
-        rate = row["nearest_train_captions"]
-        told = ": copies. It has learned its pictures by heart" if rate >= COPIES else ""
-        out += [f"  {pc(rate)} of {row['n_train_captions']:,} drawings of training captions{told}"]
-    return "\n".join(out)

@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from t2i_course.core.config import set_fields
-from t2i_course.core.files import CourseError, say, write_json
-from t2i_course.core.runfiles import data_of, json_of, model_hash, place_of, read_config, seen_from
+from t2i_course.core.config import set_fields, to_json
+from t2i_course.core.files import CourseError, say
+from t2i_course.core.runfiles import model_hash, place_of, read_config, seen_from, whole, write_config
 from t2i_course.core.sources import is_path
 from t2i_course.run.data import open_data
 
@@ -35,7 +35,7 @@ def same_run(
     if moved != dict(uses=config.uses, data=config.data):
         what = ", ".join(k for k, v in moved.items() if v != config[k])
         config = config | moved
-        write_json(out / "config.json", json_of(config))
+        write_config(out, config)
         say(f"{out / 'config.json'}: new place of {what} written down")
     return config
 
@@ -52,8 +52,8 @@ def same_fields(
     "Fields that are set once more have to be set to what they are"
     items = given["items"] or ()
     wanted = (set_fields(config, items) if items else config) | (given["changes"] or {})
-    for k, v in json.loads(json.dumps(json_of(wanted))).items():
-        own = json_of(config).get(k)
+    for k, v in json.loads(json.dumps(to_json(wanted))).items():
+        own = to_json(config).get(k)
         if v != own:
             raise CourseError(f"{out} was started with {k} = {own}, not {v}: train into another folder")
 
@@ -64,9 +64,9 @@ def moved_data(
     data,  # where the pictures are said to lie now, or None
 ) -> str:  # as the config calls them
     "The new place of a folder, where it holds the same pictures"
-    old = data_of(out, config)
-    if data is None or (str(Path(data).expanduser().resolve()) if is_path(data) else data) == old:
-        return config.data
+    old = config.data
+    if data is None or (whole(data) if is_path(data) else data) == old:
+        return old
     if not is_path(old) or not is_path(data):
         refuse(out, "data", f"--data {old}")
     codec = config.uses.get("codec")
@@ -76,7 +76,7 @@ def moved_data(
             f"{out} was started with other pictures or captions than those in {data}: name the folder "
             "that holds them, or train into another folder"
         )
-    return seen_from(out, data)
+    return whole(data)
 
 
 def moved_uses(
@@ -91,7 +91,7 @@ def moved_uses(
         word = "codec" if role == "codec" else f"use {role}"  # as people type it
         if old is None:
             refuse(out, word, f"no --{word}")
-        if place_of(out, old["run"]) == Path(run).expanduser().resolve():
+        if str(place_of(out, old["run"])) == whole(run):
             continue
         if old["model"] != model_hash(run):
             refuse(out, word, f"--{word} {place_of(out, old['run'])}")

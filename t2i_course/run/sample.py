@@ -46,10 +46,10 @@ def with_use(
     idle = [k for k in given if k not in run.model.options]
     unknown = [k for k in idle if k not in options_of_all()]
     if unknown:
-        have = ", ".join(map(flag, run.model.options))
-        raise CourseError(f"{run.config.recipe} has no option {flag(unknown[0])}; it has {have}")
+        have = ", ".join(map(option_of, run.model.options))
+        raise CourseError(f"{run.config.recipe} has no option {option_of(unknown[0])}; it has {have}")
     if idle:
-        say(f"{run.config.recipe} has no use for {', '.join(map(flag, idle))}: left aside")
+        say(f"{run.config.recipe} has no use for {', '.join(map(option_of, idle))}: left aside")
     return {k: v for k, v in given.items() if k not in idle}
 
 
@@ -63,16 +63,16 @@ def as_numbers(
         try:
             out[name] = (int if known.get(name, options_of_all()[name])[2] else float)(text)
         except ValueError as e:
-            raise CourseError(f"{flag(name)} wants a number; got '{text}'") from e
+            raise CourseError(f"{option_of(name)} wants a number; got '{text}'") from e
         except KeyError as e:
-            have = ", ".join(map(flag, known))
+            have = ", ".join(map(option_of, known))
             raise CourseError(
-                f"there is no option {flag(name)}; this run has {have}; see t2i sample --help"
+                f"there is no option {option_of(name)}; this run has {have}; see t2i sample --help"
             ) from e
     return out
 
 
-def flag(name: str) -> str:
+def option_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
@@ -83,10 +83,6 @@ def options_of_all() -> dict:  # name -> (lowest, highest, whole number?, help)
     for name in recipes():
         for kind in vars(recipe(name)).values():
             own = getattr(kind, "options", None) if isinstance(kind, type) else None
-            if isinstance(own, tuple):
-                from t2i_course.core.legacy import OPTIONS
-
-                own = {k: OPTIONS[k] for k in own}
             found |= own if isinstance(own, dict) else {}
     return found
 

@@ -9,10 +9,10 @@ import torch
 
 from t2i_course.core.config import set_fields
 from t2i_course.core.data import scale as current_scale
-from t2i_course.core.files import CourseError, make_folder, say, write_json
+from t2i_course.core.files import CourseError, make_folder, say
 from t2i_course.core.guards import one_writer, undisturbed
 from t2i_course.core.register import recipe as module_of
-from t2i_course.core.runfiles import json_of, model_hash, seen_from
+from t2i_course.core.runfiles import model_hash, seen_from, whole, write_config
 from t2i_course.core.sources import is_path
 from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.run.data import are_latents, open_data, say_size
@@ -39,7 +39,7 @@ def settings(
     use=None,  # role -> a finished run that this one stands on
     size=None,  # side of a folder's pictures
     ds=None,  # the data, if they are open already
-    out=None,  # the run folder from which other folders are seen; None: whole paths
+    out=None,  # the run folder, from which the runs it stands on are seen
 ):  # a Config
     "The config of a new run: everything needed to make the same model again"
     mod, use = module_of(recipe), use or {}
@@ -51,7 +51,7 @@ def settings(
     if precision == "auto":
         precision = "bf16" if has_bf16(pick_device()) else "fp32"
     config = mod.recipe_for(ds, scale, None if images else seconds) | dict(
-        data=way(data, out) if is_path(data) else data,
+        data=whole(data) if is_path(data) else data,
         size=ds.shape[1] if hasattr(ds, "crop") else None,
         fingerprint=ds.fingerprint,
         source=ds.source,
@@ -64,16 +64,9 @@ def settings(
         versions=versions(),
         hardware=hardware(),
         bf16_units=has_bf16(pick_device()),
-        uses={role: dict(run=way(run, out), model=model_hash(run)) for role, run in use.items()},
+        uses={role: dict(run=seen_from(out or ".", run), model=model_hash(run)) for role, run in use.items()},
     )
     return set_fields(config | (changes or {}), items) if items else config | (changes or {})
-
-
-def way(
-    folder,  # another folder
-    out,  # run folder from which it is seen, or None
-) -> str:
-    return seen_from(out, folder) if out else str(Path(folder).expanduser().resolve())
 
 
 def check_roles(
@@ -172,7 +165,7 @@ def run_folder(
                 raise taken
             config, ds = same_run(out, given), None
         else:
-            write_json(out / "config.json", json_of(config))
+            write_config(out, config)
         yield config, ds
 
 

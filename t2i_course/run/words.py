@@ -7,14 +7,44 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from t2i_course.core.files import CourseError
-from t2i_course.run.sample import flag, options_of_all
+from t2i_course.run.sample import option_of, options_of_all
 
 # typer keeps click to itself: the error that all of its complaints about a command line are made of
 Complaint = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 MAY_BE_BARE = {"--peers"}  # without a word behind it: none of them
 
 
-def told(complaint, path: str) -> CourseError:
+def told(
+    help: str,
+    metavar=None,  # what stands behind the option
+    *names,  # of the option; its parameter's if left out
+):
+    "An option with something behind it"
+    return typer.Option(*names, metavar=metavar, help=help)
+
+
+def flag(help: str, name: str):
+    "An option with nothing behind it, and no opposite"
+    return typer.Option(name, help=help)
+
+
+def roles(
+    use: list,  # ROLE=RUN
+    codec,  # a run, or None
+) -> dict:  # role -> run
+    "What a run stands on; None where nothing was said"
+    found = dict(codec=codec) if codec else {}
+    for item in use:
+        role, equals, run = item.partition("=")
+        if not (role and run):
+            raise CourseError(f"--use wants ROLE=RUN, such as codec=runs/vae-painted-0; got '{item}'")
+        if found.get(role, run) != run:
+            raise CourseError(f"two runs are given as the {role}: {found[role]} and {run}")
+        found[role] = run
+    return found or None
+
+
+def sentence(complaint, path: str) -> CourseError:
     "A complaint about the command line as a sentence"
     return CourseError(f"{complaint.format_message().rstrip('.')}; see {path} --help")
 
@@ -50,7 +80,7 @@ class Command(TyperCommand):
         try:
             return super().parse_args(ctx, spread(self.known(ctx, args, every), many, every))
         except Complaint as e:
-            raise told(e, ctx.command_path) from e
+            raise sentence(e, ctx.command_path) from e
 
     def known(self, ctx, args, every) -> list:
         "The arguments that this command declares"
@@ -82,7 +112,7 @@ class Sample(Command):
         super().format_options(ctx, formatter)
         with formatter.section("Options of the models, each has some of them"):
             rows = [
-                (f"{flag(k)} N", f"{text}  [{low:g} to {high:g}]")
+                (f"{option_of(k)} N", f"{text}  [{low:g} to {high:g}]")
                 for k, (low, high, _, text) in options_of_all().items()
             ]
             formatter.write_dl(rows)
@@ -97,13 +127,13 @@ class Commands(TyperGroup):
         try:
             return super().parse_args(ctx, args)
         except Complaint as e:
-            raise told(e, "t2i") from e
+            raise sentence(e, "t2i") from e
 
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
         except Complaint as e:
-            raise told(e, "t2i") from e
+            raise sentence(e, "t2i") from e
 
 
 def lost(e: RuntimeError) -> bool:

@@ -9,12 +9,11 @@ __all__ = ['WAYS', 'SIZES', 'PUBLISHED', 'patchify', 'unpatchify', 'waves', 'pos
            'counted_macs', 'name_map', 'from_diffusers', 'to_diffusers']
 
 # %% ../../nbs/05_transformer/01_dit.ipynb #1e055300
-import math
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core.conditioning import Cond, Conditioned, LabelEmbedder
+from ..core.conditioning import Cond, Conditioned, LabelEmbedder, attend as look
 from ..core.contracts import of_data
 from ..core.counting import multiply_adds
 from ..core.data import Draws, Labelled
@@ -90,9 +89,7 @@ def attend(
     "softmax(q k' / sqrt(d)) v; fused, but for bfloat16 on a CPU, where few tokens train faster without it"
     if q.dtype!=torch.bfloat16 or q.device.type!='cpu' or k.shape[2]>512:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    s = (q*q.shape[-1]**-.5)@k.mT
-    if mask is not None: s = s.masked_fill(~mask, -math.inf)
-    return s.softmax(-1).to(v.dtype)@v
+    return look(q, k, v, mask)[0]
 
 # %% ../../nbs/05_transformer/01_dit.ipynb #bff79815
 class Attention(nn.Module):
@@ -319,11 +316,12 @@ def unseen_loss(
     tok,         # captions -> Cond
     data,        # captioned pictures
     n:int=720,   # pictures, times and noises
+    seed:int=99, # of all three
 )->float:
     "The loss on pictures never trained on; always the same times and noise"
     device,i = next(den.net.parameters()).device,torch.arange(n)
-    b = data.batch('test', Draws(99, i))
-    return den.loss(b.x.to(device), tok(b.captions).to(device), Draws(99, i, device)).mean().item()
+    b = data.batch('test', Draws(seed, i))
+    return den.loss(b.x.to(device), tok(b.captions).to(device), Draws(seed, i, device)).mean().item()
 
 # %% ../../nbs/05_transformer/01_dit.ipynb #f8d8366f
 # ---- the published sizes ----

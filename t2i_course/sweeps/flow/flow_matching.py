@@ -119,7 +119,7 @@ def controls(
         tok, den = build(config | dict(skip=arm == "skip"))
         fit_skip(den, data, tok, config.fit_images)
         loss = train_arm(den, tok, data, config, images, seed, precision)
-        floor = reference(data, judge, n)["fd_floor"]
+        floor = reference(data, judge, n)["floor"]["fd_floor"]
         one = partial(measure, den, tok, data, judge, n, seed, held=n // 2, above=0.2)
         return config, one, dict(loss=loss, images=images, fd_floor=floor)
 
@@ -160,7 +160,7 @@ def experiments(
         return fit_skip(den, data, tok, config.fit_images).skip.tables
 
     def setting():
-        floor = reference(data, judge, s["n"])["fd_floor"]
+        floor = reference(data, judge, s["n"])["floor"]["fd_floor"]
         about = dict(images=s["images"], n=s["n"], steps=config.steps, precision=precision)
         return about | dict(pairs_in_groups=False, seeds=list(seeds), fd_floor=floor)
 
