@@ -1,4 +1,4 @@
-"The sweep of the terminal SNR chapter: how bright a drawing each schedule, target, spacing and offset allows."
+"How bright a drawing each schedule, target, spacing and offset allows: the sweep of the terminal SNR chapter."
 
 import time
 from functools import lru_cache, partial
