@@ -198,9 +198,12 @@ def test_ruff_resolves_every_name_in_the_notebooks():
 
 @every_notebook
 def test_notebook_is_clean(nb):
-    "`nbdev_clean` has nothing to do."
+    "`nbdev_clean` has nothing to do. The settings keep `jupyter`: JupyterLab folds checkers and solutions by it."
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    kept = settings["DEFAULT"]["allowed_cell_metadata_keys"].split()
     notebook = json.loads(nb.text)
-    clean_nb(notebook)
+    clean_nb(notebook, allowed_cell_metadata_keys=kept)
     assert nb2str(notebook) == nb.text
 
 

@@ -11,17 +11,18 @@ import processes
 import pytest
 import torch
 import torch.distributed as dist
-from t2i_course.run.register import RECIPES
+from t2i_course.core.register import recipe as module_of, recipes
 from t2i_course.run.settings import settings
 from t2i_course.core.data import Draws
 from t2i_course.core.files import CourseError
 from t2i_course.core.ema import EMA
 from t2i_course.core.training import everyone
 from t2i_course.scale import fsdp
-from t2i_course.scale.recipes import prepare
+from t2i_course.core.prepare import prepare
+from t2i_course.core.sources import load
 
 HOWS = ("ddp", "fsdp")
-SHARED = ("vqvae", "vqvae2", "dvae", "ddpm", "dit", "flow_matching") # the recipes with one loss
+SHARED = ("vqvae", "vqvae2", "dvae", "ddpm", "dit", "flow_matching", "pixelcnn", "dalle", "parti", "cm3leon") # the recipes with one loss
 # Sums are rounded in another order on two processes, and Adam divides a gradient by its own size: where it is nearly 0 its rounding
 # decides. Measured after five steps with rates up to .004: largest difference 2e-6, root mean square 1e-8. Copies that
 # drift apart are .005 and more from each other.
@@ -37,13 +38,13 @@ def two(folder):
     "(recipe, how, what) -> what each of two processes has left; all of it in one launch"
     def one(recipe, how, name, **more): return dict(recipe=recipe, out=str(folder / f"{how}-{recipe}{name}"), shard=how, **more)
     todo = {}
-    for recipe, how in product(RECIPES, HOWS):
+    for recipe, how in product(recipes(), HOWS):
         todo[recipe, how, "end"] = one(recipe, how, "")
         if recipe not in SHARED: continue
         todo[recipe, how, "stopped"] = one(recipe, how, "-cut", stop=3)
         todo[recipe, how, "resumed"] = one(recipe, how, "-cut", resume=True)
         if how == "fsdp": todo[recipe, how, "bf16"] = one(recipe, how, "-bf16", precision="bf16")
-    prepare("digits", folder / "shards", 100, shard_size=32)
+    prepare(load("digits"), folder / "shards", 100, shard_size=32)
     todo["ddpm", "ddp", "shards"] = one("ddpm", "ddp", "-shards", data=str(folder / "shards"))
     (folder / "trials.json").write_text(json.dumps(list(todo.values())))
     env = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
@@ -74,7 +75,7 @@ def apart(a, b):
 
 
 @pytest.mark.parametrize("how", HOWS)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", recipes())
 def test_the_same_run_or_a_sentence(recipe, how, two, alone):
     first, second = two[recipe, how, "end"]
     assert "crashed" not in first, first["crashed"]
@@ -128,7 +129,7 @@ def group():
 @pytest.mark.parametrize("recipe", ["ddpm", "dit", "flow_matching"])
 def test_times_reach_the_network_as_they_are(recipe, group, monkeypatch):
     "A thousand times between .5 and 1 would be 129 in bfloat16; they become sines before anything is rounded."
-    module = import_module(RECIPES[recipe])
+    module = module_of(recipe)
     config = settings(recipe, "digits", "smoke", None, 64, 0, "bf16")
     tok, den = module.build(config)
     fsdp.parallelize(den.net, "fsdp", "bf16")
@@ -143,7 +144,7 @@ def test_times_reach_the_network_as_they_are(recipe, group, monkeypatch):
 
 
 def test_blocks_compute_in_few_bits(group):
-    tok, den = import_module(RECIPES["dit"]).build(settings("dit", "digits", "smoke", None, 64, 0, "bf16"))
+    tok, den = module_of("dit").build(settings("dit", "digits", "smoke", None, 64, 0, "bf16"))
     fsdp.parallelize(den.net, "fsdp", "bf16")
     assert all(p.dtype == torch.float32 for p in den.net.parameters()) # the shards
     seen, block = [], den.net.net.blocks[0]

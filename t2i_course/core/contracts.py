@@ -25,7 +25,7 @@ class Data(Protocol):
     size: int  # tokens of the longest caption, its start included
     source: str  # where the pictures come from, for reports
     fingerprint: str  # another one when the pictures change
-    group: int  # this many consecutive indices have one shape; a batch is a multiple of it
+    group: int  # this many consecutive indices have one shape; a batch is a multiple or a part of it
 
     def batch(self, split: str, draws):  # Draws -> Batch
         "The captioned pictures with these indices"
@@ -43,11 +43,11 @@ class Codec(Protocol):
     limit: float  # numbers of x0 lie (nearly all) in [-limit, limit]; where a sampler may clamp
 
     def grid(self, shape: tuple) -> tuple:
-        "Shape of x0 for pictures of this shape (c, h, w)"
+        "Shape of x0 for pictures of this shape (c, h, w); codes on several grids: a shape of each"
         ...
 
     def encode(self, x: Tensor) -> Tensor:
-        "Pictures (b c h w) to z: deterministic, what is kept on disk. Codes are int64 (b h w)"
+        "Pictures (b c h w) to z: deterministic, what is kept on disk. Codes are int64 (b h w), or a tuple of such"
         ...
 
     def sample(self, z: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -152,18 +152,23 @@ def in_turns(
     return took
 
 
+def wait(device):
+    "Until the device has done what it was given: GPUs work ahead of the program"
+    if str(device).startswith("cuda"):
+        torch.cuda.synchronize()
+
+
 def product(
     n: int,  # side of the matrices
     dtype=torch.float32,
     device: str = "cpu",
 ) -> tuple:  # floating point operations, a function that does them
-    "A product of two square matrices, waited for: GPUs work ahead of the program"
+    "A product of two square matrices, waited for"
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
 
     def run():
         a @ b
-        if str(device).startswith("cuda"):
-            torch.cuda.synchronize()
+        wait(device)
 
     return 2 * n**3, run
 
@@ -175,7 +180,9 @@ def convolution(
 ) -> tuple:  # floating point operations, a function that does them
     "A 3x3 convolution that keeps the number of channels"
     b, c, h, w = shape
-    conv = nn.Conv2d(c, c, 3, padding=1).to(dtype).to(memory_format=torch.channels_last)
+    conv = (
+        nn.Conv2d(c, c, 3, padding=1).to(dtype).to(memory_format=torch.channels_last).requires_grad_(backward)
+    )
     x = (
         torch.randn(b, c, h, w)
         .to(dtype)

@@ -549,6 +549,11 @@ class Wrapped:
     def __getattr__(self, name:str):
         if name=='data' or name.startswith('__'): raise AttributeError(name) # not there yet, when a copy is made
         return getattr(self.data, name)
+    def still(self):
+        "The same change of the other set without the movements of training"
+        same = copy(self)
+        same.data = self.data.still()
+        return same
     def batch(self,
         split:str,   # one of its splits
         draws:Draws, # the random numbers of these images

@@ -97,7 +97,7 @@ def piles(path):
 class Folder:
     "A folder or tar file of images with captions: NAME.txt beside NAME.png, or metadata with file_name, text"
 
-    attributes = {}
+    attributes, group = {}, 1
 
     def __init__(self, path, size=32):
         self.path = Path(path).expanduser().resolve()

@@ -220,6 +220,7 @@ def load_judge(
                           'Use judge_for(data): it trains one on first use.')
     return read_judge(weights_path(name))
 
+# %% ../../nbs/01_core/05_metrics.ipynb #we1ghts4
 def judge_for(
     data,          # captioned pictures
     progress=None, # called with each Record when one has to be trained
@@ -262,6 +263,7 @@ def obeys(
     return dict(all=share([all(ok.values()) for ok in each if ok]),
                 **{k:share([ok[k] for ok in each if k in ok]) for k in data.attributes})
 
+# %% ../../nbs/01_core/05_metrics.ipynb #obey0002
 def obedience(
     judge:Judge, # reads the pictures
     x:Tensor,    # (n c h w) pictures in [-1,1]
@@ -296,6 +298,7 @@ def at_most(
     if n>most: say(f'{data.name} has {most:,} test pictures: {most:,} are used, not {n:,}')
     return int(min(n, most))
 
+# %% ../../nbs/01_core/05_metrics.ipynb #cei11ngs
 def ceilings(
     judge:Judge,  # any judge
     data,         # captioned pictures
@@ -439,6 +442,7 @@ def glyph_space(
     g = F.grid_sample(m[:,None], grid, align_corners=False)
     return F.normalize(F.avg_pool2d(g, 3, 1, 1).flatten(1), dim=1)
 
+# %% ../../nbs/01_core/05_metrics.ipynb #p1xe1spa
 def pixel_space(
     x:Tensor, # (n c h w) pictures in [-1,1]
 )->Tensor:    # (n d)
@@ -502,6 +506,7 @@ class RandomFeatures:
     )->Tensor:    # (n k) on the CPU
         return (self.raw(x)-self.mean)@self.axes
 
+# %% ../../nbs/01_core/05_metrics.ipynb #anydata3
 LEAST = 10 # drawings that a distance needs
 
 def real_distances(
@@ -537,6 +542,7 @@ def n_unseen(
 )->int:    # unseen real pictures that say how near to a training picture is too near
     return int(min(distinct(data, 'test'), 4*n))
 
+# %% ../../nbs/01_core/05_metrics.ipynb #pr0toco0
 def n_real(
     data,  # captioned pictures with attributes
     n:int, # drawings
@@ -566,6 +572,7 @@ def protocol(
     net = f'judge {fingerprint(judge)}, 64 numbers a picture, standardised over its training pictures'
     return dict(data=data.name, n=n, seed=SEED, features=net, k=K, **(_of_labels if finite else _of_scenes)(data, n))|near
 
+# %% ../../nbs/01_core/05_metrics.ipynb #pr0toco3
 _EACH = 'KID (polynomial kernel, degree 3, unbiased), precision and recall: {} drawings against {} reference pictures'
 
 def _of_scenes(data, n):
@@ -622,6 +629,7 @@ def judged_side(
     return r|dict(ceiling=obeys(read, data, real.captions), chance=obeys(read, data, wrong)['all'],
                   chance_oracle=obeys(real.attrs, data, wrong)['all'])
 
+# %% ../../nbs/01_core/05_metrics.ipynb #ref3ren2
 def reference(
     data,        # captioned pictures
     judge:Judge, # or None
@@ -661,6 +669,7 @@ def held_out(
     except (AttributeError, CourseError): pass # a set without partners, or too few captions to deal their inks out anew
     return _kept.setdefault(key, {k:(b.captions, obedience(judge, b.x, data, b.captions)['all']) for k,b in sets.items()})
 
+# %% ../../nbs/01_core/05_metrics.ipynb #pa1redga
 def paired_gap(
     first,  # n truths
     second, # n truths of the same cases
@@ -706,6 +715,7 @@ def judged_row(
         row |= dict(fd_unseen=frechet(f, r['unseen']), fd_unseen_floor=r['floor']['fd_floor']*share, n_unseen=m)
     return row|{k:r[k] for k in ('fd_train','kid_floor','precision_real','recall_real') if k in r}
 
+# %% ../../nbs/01_core/05_metrics.ipynb #p1ainrow
 def plain_row(
     r:dict,   # from `reference`
     x:Tensor, # (n c h w) drawings

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'LOW', 'OPS', 'Format', 'limits', 'round_to', 'rounded', 'bits', 'matmul_error', 'precision_table',
-           'recipe_here', 'fresh', 'unseen_loss', 'lost_updates', 'Masters', 'Rounded', 'simulated', 'snap', 'go_on',
-           'underflow', 'DynamicScale', 'op_dtypes', 'SmallTransformer', 'warmups', 'diverged']
+           'recipe_here', 'fresh', 'lost_updates', 'Masters', 'Rounded', 'simulated', 'snap', 'go_on', 'underflow',
+           'DynamicScale', 'op_dtypes', 'SmallTransformer', 'warmups', 'diverged']
 
 # %% ../../nbs/12_scale/01_mixed_precision.ipynb #c95119be
 import copy, math
@@ -126,22 +126,6 @@ def fresh(
     if skip is not None: den.skip = skip
     elif config['skip']: fit_skip(den, data, tok, config['fit_images'])
     return tok,den
-
-# %% ../../nbs/12_scale/01_mixed_precision.ipynb #df2f50ae
-@torch.no_grad()
-def unseen_loss(
-    den,        # a Denoiser
-    tok,        # captions -> Cond
-    data,       # captioned pictures
-    n:int=256,  # pictures
-    seed:int=7, # of pictures and noise
-)->float:
-    "The loss on unseen pictures, always the same ones with the same noise"
-    x0,cond = feed(data, tok, 'test')(Draws(seed, torch.arange(n)))
-    dev = next(den.net.parameters()).device
-    parts = torch.arange(n).split(128)
-    return torch.cat([den.loss(x0[i].to(dev), cond[i].to(dev), Draws(seed, i, dev))
-                      for i in parts]).mean().item()
 
 # %% ../../nbs/12_scale/01_mixed_precision.ipynb #6a4f4d5a
 def lost_updates(

@@ -316,11 +316,12 @@ def unseen_loss(
     tok,         # captions -> Cond
     data,        # captioned pictures
     n:int=720,   # pictures, times and noises
+    seed:int=99, # of all three
 )->float:
     "The loss on pictures never trained on; always the same times and noise"
     device,i = next(den.net.parameters()).device,torch.arange(n)
-    b = data.batch('test', Draws(99, i))
-    return den.loss(b.x.to(device), tok(b.captions).to(device), Draws(99, i, device)).mean().item()
+    b = data.batch('test', Draws(seed, i))
+    return den.loss(b.x.to(device), tok(b.captions).to(device), Draws(seed, i, device)).mean().item()
 
 # %% ../../nbs/05_transformer/01_dit.ipynb #f8d8366f
 # ---- the published sizes ----

@@ -4,6 +4,8 @@ from functools import partial
 
 import torch
 
+from t2i_course.capstone.report_card import training_memory, variety
+from t2i_course.core.counting import multiply_adds
 from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
 from t2i_course.core.metrics import evaluate, load_judge
@@ -65,3 +67,25 @@ def experiments(
         yield f"diffusion.modes.seed{seed}", partial(modes, seed)
         for i, (factor, beta) in enumerate(SETTINGS[: s["settings"]]):
             yield f"diffusion.settings.{i}.seed{seed}", partial(setting, factor, beta, seed)
+
+
+# ---- every paradigm with the same clock ----
+SECONDS = 120  # training time of a row
+
+
+def paradigm(
+    rows: list,  # measured, one a seed; each gets its variety
+    runs: list,  # the finished runs behind them
+    data,  # painted digits
+    prompts,  # captions that they draw
+) -> dict:  # of the first run
+    "What a row of the report card says beside the usual: variety, and what drawing and training cost"
+    judge, run = load_judge("painted"), runs[0]
+    for row, r in zip(rows, runs):
+        row["variety"] = variety(r.draw, data, judge, prompts)
+    config, draw = run.config, run.model.painter(run.tok, run.config)
+    return dict(
+        multiply_adds=multiply_adds(lambda: draw(prompts[:4], 0)) / 4 / 1e6,  # millions, for one picture
+        memory=training_memory(run.model, run.tok, data, config["batch"], config["precision"]),
+        batch=config["batch"],
+    )

@@ -196,7 +196,7 @@ def experiments(
         return painted_model(painted_config(painted, scale) | dict(max_len=12), painted)[1].skip.tables
 
     def setting():
-        floor = {k: reference(d, judge_for(d), s["n"])["fd_floor"] for k, d in sets.items()}
+        floor = {k: reference(d, judge_for(d), s["n"])["floor"]["fd_floor"] for k, d in sets.items()}
         about = dict(
             seeds=list(seeds), times=TS, fd_floor=floor, spans={k: list(v) for k, v in SPANS.items()}
         )

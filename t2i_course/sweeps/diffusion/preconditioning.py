@@ -149,7 +149,7 @@ def experiments(
             shift=SHIFT,
             precision=precision,
             seeds=list(seeds),
-            fd_floor=reference(data, judge, n)["fd_floor"],
+            fd_floor=reference(data, judge, n)["floor"]["fd_floor"],
         )
 
     def measured(den, seed, ts, w=w, sampler=None):

@@ -162,7 +162,7 @@ def experiments(
         return {k: o[k] for k in ("fd", "precision", "recall")} | dict(obedience=o["obedience"]["all"])
 
     def setting():
-        floor = reference(data, judge, s["n"])["fd_floor"]
+        floor = reference(data, judge, s["n"])["floor"]["fd_floor"]
         about = dict(images=s["images"], n=s["n"], precision=precision, seeds=list(seeds))
         return about | dict(guidance=1.0, base="target v, linear betas", fd_floor=floor)
 

@@ -69,7 +69,7 @@ def experiments(
 
     def setting():
         def floor(data, judge):
-            return reference(data, judge, s["n"])["fd_floor"]
+            return reference(data, judge, s["n"])["floor"]["fd_floor"]
 
         return dict(
             images={k: s[k] for k in worlds},

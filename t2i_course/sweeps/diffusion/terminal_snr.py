@@ -89,7 +89,7 @@ def experiments(
     ways = {k: walks(k, c["process"], s["steps"], s["few"], c.get("offset", 0.0)) for k, c in changes.items()}
 
     def setting():
-        floor = reference(data, judge, s["n"])["fd_floor"]
+        floor = reference(data, judge, s["n"])["floor"]["fd_floor"]
         return dict(s, w=1.0, eta=0.0, precision=precision, seeds=list(seeds), fd_floor=floor)
 
     @lru_cache(1)  # all keys of an arm ask for its model

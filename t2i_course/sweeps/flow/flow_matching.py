@@ -120,7 +120,7 @@ def controls(
             return tok, fit_skip(den, data, tok, config.fit_images)
 
         made = fit(started, config, data, images, seed, precision)
-        floor = reference(data, judge, n)["fd_floor"]
+        floor = reference(data, judge, n)["floor"]["fd_floor"]
         one = partial(measure, made.model, made.tok, data, judge, n, seed, held=n // 2, above=0.2)
         return config, one, dict(loss=made.about["loss"], images=images, fd_floor=floor)
 
@@ -161,7 +161,7 @@ def experiments(
         return fit_skip(den, data, tok, config.fit_images).skip.tables
 
     def setting():
-        floor = reference(data, judge, s["n"])["fd_floor"]
+        floor = reference(data, judge, s["n"])["floor"]["fd_floor"]
         about = dict(images=s["images"], n=s["n"], steps=config.steps, precision=precision)
         return about | dict(pairs_in_groups=False, seeds=list(seeds), fd_floor=floor)
 

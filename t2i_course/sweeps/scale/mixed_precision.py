@@ -18,9 +18,9 @@ from t2i_course.scale.mixed_precision import (
     go_on,
     recipe_here,
     simulated,
-    unseen_loss,
     warmups,
 )
+from t2i_course.transformer.dit import unseen_loss
 
 SWEEP = dict(
     smoke=dict(images=128, n=8, base=320, more=160, steps=12, members=1),
@@ -53,7 +53,7 @@ def experiments(
             batch=config["batch"],
             fp16="autocast" if cuda else "simulated: float32 arithmetic, every product rounded to float16",
             bf16="autocast" if units else "simulated: float32 arithmetic, every product rounded to bfloat16",
-            fd_floor=reference(data, judge, s["n"])["fd_floor"],
+            fd_floor=reference(data, judge, s["n"])["floor"]["fd_floor"],
         )
 
     @cache
@@ -79,7 +79,7 @@ def experiments(
             | dict(
                 nfe=den.calls(config | dict(shape=list(data.shape))),
                 loss=end,
-                unseen_loss=unseen_loss(den, tok, data),
+                unseen_loss=unseen_loss(den, tok, data, 256, 7),
             )
         )
 
@@ -95,7 +95,7 @@ def experiments(
         torch.manual_seed(seed)
         if how != "start":
             go_on(base, tok, digits, how, images=s["more"], seed=seed)
-        return unseen_loss(base, tok, digits)
+        return unseen_loss(base, tok, digits, 256, 7)
 
     def warmup(name, rates, lengths, seed):
         members = [100 * seed + k for k in range(s["members"])]

@@ -9,7 +9,7 @@ from torch import Tensor
 from t2i_course.core.data import Draws
 from t2i_course.core.sources import load
 from t2i_course.core.experiments import best_precision, fit
-from t2i_course.core.metrics import evaluate, frechet, judge_for
+from t2i_course.core.metrics import evaluate, frechet, judge_for, real_floor
 from t2i_course.core.training import pick_device
 from t2i_course.diffusion.ddpm import SIZES as UNET_SIZES, UNetConfig, drawer, text_unet
 from t2i_course.diffusion.preconditioning import fit_skip
@@ -98,6 +98,12 @@ def experiments(
         draws = Draws(0, torch.arange(len(data.labels[split])))
         return judge.features(data.batch(split, draws).x)
 
+    def floor():  # captions come in turn, so labels have nearly the same share in drawings and training pictures
+        parts = [data.batch(k, Draws(0, torch.arange(len(data.labels[k])))) for k in ("train", "test")]
+        features = torch.cat([see("train"), see("test")])
+        labels = torch.cat([b.attrs[data.attribute] for b in parts])
+        return real_floor(features, s["n"], len(see("train")), labels)["fd_floor"]
+
     def setting():
         return dict(
             images=s["images"],
@@ -106,7 +112,7 @@ def experiments(
             steps=s["steps"],
             precision=precision,
             seeds=list(seeds),
-            fd_floor=frechet(see("test")[: s["n"]], see("train")),
+            fd_floor=floor(),
             size=size,
         )
 
