@@ -200,6 +200,7 @@ def save_sharded(
         for old in checkpoints(run)[:-keep]: shutil.rmtree(old, ignore_errors=True)
     return folder
 
+# %% ../../nbs/12_scale/02_fsdp.ipynb #aba42430
 def load_sharded(
     state,           # a fresh State of the same network, sharded in any way or not at all
     run,             # run folder
@@ -274,6 +275,7 @@ def trial(
     weights,average = ({k:whole(v) for k,v in d.items()} for d in (state.net.state_dict(), state.ema.shadow))
     if ranks.rank==0: torch.save(dict(log=log, weights=weights, average=average), Path(out)/'end.pt')
 
+# %% ../../nbs/12_scale/02_fsdp.ipynb #34d2602f
 def trials():
     "What each process of `launch` does: the trials named on its command line, one after the other"
     torch.set_num_threads(1)
@@ -281,6 +283,7 @@ def trials():
     for options in json.loads(sys.argv[1]): trial(**options, ranks=ranks)
     ranks.close()
 
+# %% ../../nbs/12_scale/02_fsdp.ipynb #34d26030
 def launch(
     size:int,     # processes; 1: one, without torchrun
     *todo,        # dicts of options of `trial`
@@ -304,6 +307,7 @@ def launch(
             held=[json.loads((out/f'held-{r}.json').read_text(encoding='utf-8')) for r in range(size)])
     return [read(Path(o['out'])) for o in todo]
 
+# %% ../../nbs/12_scale/02_fsdp.ipynb #34d26031
 def apart(
     a:dict, # as from `launch`
     b:dict,
