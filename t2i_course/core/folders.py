@@ -145,7 +145,7 @@ class Folder:
         self.take(kept)
 
     def take(self, kept):
-        "Divide (name, picture, captions) into splits, for good: by folders train and test, else by a hash of names"
+        "Divide (name, picture, captions) for good: by folders train and test, else by a hash of names"
         names = [composed(name) for name, *_ in kept]
         ranks = [int(hashlib.sha256(raw(name)).hexdigest()[:15], 16) for name in names]
         tops = [name.lower().split("/")[0] for name in names]

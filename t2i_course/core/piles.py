@@ -101,7 +101,7 @@ class Pile:
                     self.leave("that could not be read", f"{shown(name)} (a link that leads nowhere)")
 
     def here(self, name):
-        "A name letter for letter, else with accents written otherwise, else in another case; None: none is meant"
+        "A name letter for letter, else with other accents, else in another case; None: none is meant"
         if name in self.known:
             return name
         near = self.near.get(composed(name).casefold(), ())
