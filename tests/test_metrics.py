@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from t2i_course.core.data import Draws
-from t2i_course.core.files import CourseError
+from t2i_course.core.files import CourseError, fingerprint
 from t2i_course.core.sources import load
-from t2i_course.core.metrics import (
-    DRAWINGS, N_SPLITS, SEED, SHIPPED, at_most, ceilings, cut_at, evaluate, even_order, fingerprint, frechet, glyph_space,
-    judge_for, kid, load_judge, make_judges, nearest_rate, obedience, obeys, paired_gap, precision_recall, protocol,
-    read_card, read_judge, real_floor, reference, save_judge, shuffled, train_judge, weights_path)
+from t2i_course.core.metrics import (DRAWINGS, N_SPLITS, SEED, SHIPPED, at_most, ceilings, cut_at, evaluate,
+                                     even_order, frechet, glyph_space, judge_for, kid, load_judge,
+                                     make_judges, nearest_rate, obedience, obeys, paired_gap,
+                                     precision_recall, protocol, read_card, read_judge, real_floor,
+                                     reference, save_judge, shuffled, train_judge, weights_path)
 
 SHIPPABLE = [name for name in SHIPPED if name != "mnist"]  # mnist's pictures may not be on this machine
 

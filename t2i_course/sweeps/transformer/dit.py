@@ -98,7 +98,7 @@ def experiments(
         draws = Draws(0, torch.arange(len(data.labels[split])))
         return judge.features(data.batch(split, draws).x)
 
-    def floor():  # captions come in turn, so labels have nearly the same share in drawings and training pictures
+    def floor():  # captions come in turn: labels have nearly the same share in drawings and pictures
         parts = [data.batch(k, Draws(0, torch.arange(len(data.labels[k])))) for k in ("train", "test")]
         features = torch.cat([see("train"), see("test")])
         labels = torch.cat([b.attrs[data.attribute] for b in parts])
