@@ -1,4 +1,4 @@
-"""The `t2i` command: what can be typed, and the help for it. What the commands do stands in run/ and bench/."""
+"""The `t2i` command: what can be typed, and help. What the commands do stands in run/ and bench/."""
 
 import os
 import sys

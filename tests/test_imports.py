@@ -119,3 +119,13 @@ def test_hand_written_code_stands_in_its_rooms():
 def test_hand_written_files_are_short(path):
     lines = path.read_text(encoding="utf-8").count("\n")
     assert lines <= (300 if path.name == "cli.py" else 250), lines
+
+
+@pytest.mark.parametrize("path", by_hand(), ids=lambda path: path.relative_to(ROOT / LIB).as_posix())
+def test_a_docstring_is_one_string(path):
+    "The second of two strings on lines of their own would be a statement that does nothing."
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        body = getattr(node, "body", None)
+        lone = [n.value for n in body if isinstance(n, ast.Expr)] if isinstance(body, list) else []
+        texts = [isinstance(value, ast.Constant) and isinstance(value.value, str) for value in lone]
+        assert not any(a and b for a, b in zip(texts, texts[1:])), ast.get_docstring(node)

@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.conditioning import Block, Cond, PAD, TextEncoder, WordTokenizer, attend as look, cat
-from ..core import contracts
+from ..core.contracts import Config as RunConfig, of_data
 from ..core.data import Draws
 from ..core.training import everyone
 from ..core.experiments import Arm, best_precision, fit
-from ..codec import vqvae
-from ..codec.vqvae import OnCodes
+from ..codec.vqvae import OnCodes, build as build_codec, recipe_for as codec_recipe
 from .pixelcnn import guided, pick
 
 # %% ../../nbs/07_ar/02_dalle.ipynb #8145a285
@@ -541,7 +540,7 @@ PARADIGM = 'VQ + AR' # the recipe stands for it in the report card
 PICTURES = True # it trains on pictures, not on latents
 
 @dataclass(kw_only=True)
-class OnCodesConfig(contracts.Config):
+class OnCodesConfig(RunConfig):
     "Of a prior on the codes of a VQ-VAE, which is a run of its own"
     dim: int               # width of the prior
     n_heads: int           # heads an attention
@@ -596,7 +595,7 @@ def recipe_for(
     # two inks on one paper: more to say in a code
     if data.name=='painted2': size |= dict(n_codes=2*size['n_codes'], share=.35)
     size['codec_widths'] = halved(data, size['codec_widths'])
-    return Config(**contracts.of_data(data), lr=2e-3, half_life=4000, temperature=.6,
+    return Config(**of_data(data), lr=2e-3, half_life=4000, temperature=.6,
                   palette=data.shape[0]>1, **size)
 
 # %% ../../nbs/07_ar/02_dalle.ipynb #17544825
@@ -617,7 +616,7 @@ def codec_for(
 )->Arm:          # the trained codec, for `build`
     "The run that `uses_for` asks for, trained here and now"
     _,changes,_ = uses_for(config)['codec']
-    return fit(vqvae.build, vqvae.recipe_for(data)|changes, data, images, seed, best_precision())
+    return fit(build_codec, codec_recipe(data)|changes, data, images, seed, best_precision())
 
 # %% ../../nbs/07_ar/02_dalle.ipynb #cc72b310
 def build(

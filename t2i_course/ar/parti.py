@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.conditioning import Cond, TextEncoder, WordTokenizer, attend
-from ..core import contracts
+from ..core.contracts import of_data
 from ..core.data import Draws
 from ..codec.vqvae import OnCodes
 from .dalle import Cache, OnCodesConfig, Prior, Transformer, causal, halved, nll, sample_codes
@@ -279,7 +279,7 @@ def recipe_for(
 )->Config:
     "Everything `build` needs to make the same model again: a grid of 4 x 4 codes, and a row for the colours"
     size = SIZES[scale]|dict(codec_widths=halved(data, SIZES[scale]['codec_widths']))
-    return Config(**contracts.of_data(data), lr=2e-3, half_life=4_000,
+    return Config(**of_data(data), lr=2e-3, half_life=4_000,
                   palette=data.shape[0]>1, **size)
 
 def build(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.conditioning import Cond, WordTokenizer, caption_encoder, cat
-from ..core import contracts
+from ..core.contracts import Config as RunConfig, of_data
 from ..core.data import Draws
 from ..codec.vqvae import OnCodes
 from ..codec.vqvae2 import Levels, VQVAE2
@@ -326,7 +326,7 @@ class TwoLevelPrior(nn.Module):
 PICTURES = True # it trains on pictures, not on latents
 
 @dataclass(kw_only=True)
-class Config(contracts.Config):
+class Config(RunConfig):
     "Both priors; the codec is a run of its own"
     recipe: str='pixelcnn'
     width: int             # channels of the priors
@@ -362,7 +362,7 @@ def recipe_for(
     seconds:float=None,# of training
 )->Config:
     "Everything `build` needs to make the same model again"
-    return Config(**contracts.of_data(data), half_life=10_000, **SIZES[scale])
+    return Config(**of_data(data), half_life=10_000, **SIZES[scale])
 
 def uses_for(
     config:Config,

@@ -1,4 +1,4 @@
-"""Write captioned pictures, or what a codec and a text encoder make of them, to shards: once, whoever reads them and how often."""
+"""Write captioned pictures, or what a codec and a text encoder make of them, to shards, once for all."""
 
 import hashlib
 import json
