@@ -15,7 +15,7 @@ import torch
 from .files import CourseError
 from .training import has_bf16, pick_device
 from .ema import train_arm
-from .metrics import at_most, evaluate, judge_for, reference
+from .metrics import evaluate, judge_for, reference
 
 # %% ../../nbs/01_core/07_experiments.ipynb #0bd3a2f9
 def paired_interval(
@@ -185,8 +185,8 @@ def setting(
     **more,        # what else is the same for all arms
 )->dict:
     "What all arms of a sweep share, for the key 'setting' of its result file"
-    n = at_most(data, n or sizes['n'])
-    floor = reference(data, judge or judge_for(data), n)['fd_floor']
+    real = reference(data, judge or judge_for(data), n or sizes['n'])
+    floor = real.get('floor', real)['fd_floor']
     return dict(sizes, precision=best_precision(), seeds=list(seeds), fd_floor=floor)|more
 
 # %% ../../nbs/01_core/07_experiments.ipynb #1954c9f4

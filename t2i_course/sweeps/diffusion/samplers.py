@@ -1,16 +1,14 @@
 "The sweeps of the samplers chapter: quality against calls, eta, spacing, inversion, learned variance."
 
 import math
-import time
 from functools import cache, lru_cache, partial
 
 import torch
 
 from t2i_course.core.data import Draws
+from t2i_course.core.experiments import best_precision, fit, setting
+from t2i_course.core.metrics import evaluate, judge_for
 from t2i_course.core.sources import load
-from t2i_course.core.ema import train_arm
-from t2i_course.core.metrics import evaluate, judge_for, reference
-from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.diffusion.ddpm import build, drawer, guided, recipe_for, sample, v
 from t2i_course.diffusion.samplers import (
     SAMPLERS,
@@ -142,7 +140,7 @@ def experiments(
     "Samplers against calls of the network, eta, spacing, inversion, learned variance"
     s, data = SWEEP[scale], load("digits")
     judge, config = judge_for(data), recipe_for(data, scale) | dict(max_len=12)
-    precision = "bf16" if has_bf16(pick_device()) else "fp32"
+    precision = best_precision()
     etas, fine = (s["nfe"][:1], 10) if scale == "smoke" else ((10, 50), 250)
 
     def row(seed, tok, den, sampler, ts, guide=None):
@@ -153,34 +151,29 @@ def experiments(
         o = row(*args)
         return {k: o[k] for k in ("fd", "precision", "recall")} | dict(obedience=o["obedience"]["all"])
 
-    def setting():
-        floor = reference(data, judge, s["n"])["fd_floor"]
-        about = dict(images=s["images"], n=s["n"], precision=precision, seeds=list(seeds))
-        return about | dict(guidance=1.0, base="target v, linear betas", fd_floor=floor)
-
     @lru_cache(1)  # all that is measured on a model follows it
     def trained(seed):
-        torch.manual_seed(seed)
-        tok, den = build(config)
-        den.target = v
-        begin = time.perf_counter()
-        train_arm(den, tok, data, config, s["images"], seed, precision)
-        return tok, den, time.perf_counter() - begin
+        return fit(
+            build, config, data, s["images"], seed, precision, change=lambda den: setattr(den, "target", v)
+        )
+
+    def pair(seed):
+        return trained(seed).tok, trained(seed).model
 
     def full_row(seed):
-        tok, den, took = trained(seed)
-        made = dict(recipe="ddpm, target v, dpmpp_2m", params=sum(p.numel() for p in den.net.parameters()))
-        made |= dict(images=s["images"], train_seconds=took, nfe=20)
-        return row(seed, tok, den, dpmpp_2m, uniform(den.process, 20)) | made
+        arm = trained(seed)
+        ts = uniform(arm.model.process, 20)
+        draw = drawer(arm.model, arm.tok, data.shape, ts, sampler=dpmpp_2m)
+        return arm.row(data, judge, s["n"], seed, draw=draw, recipe="ddpm, target v, dpmpp_2m", nfe=20)
 
     @lru_cache(1)
     def learned(arm, seed):
-        torch.manual_seed(seed)
-        tok, den = build_learned(config)
-        if arm == "simple":
+        def simple(den):
             den.hybrid = 0.0
-        train_arm(den, tok, data, config, s["images"], seed, precision)
-        return tok, den
+
+        change = simple if arm == "simple" else None
+        made = fit(build_learned, config, data, s["images"], seed, precision, change)
+        return made.tok, made.model
 
     @lru_cache(1)
     def all_bits(arm, seed, shares):
@@ -196,12 +189,12 @@ def experiments(
         tok, den = learned(arm, seed)
         return short(seed, tok, den, partial(varied, share=share), uniform(den.process, n), three)
 
-    yield "setting", setting
+    about = dict(guidance=1.0, base="target v, linear betas")
+    yield "setting", partial(setting, {k: s[k] for k in ("images", "n")}, seeds, data, judge, **about)
     for seed in seeds:
         yield f"rows.seed{seed}", partial(full_row, seed)
-        for key, make in base_sweep(
-            lambda seed=seed: trained(seed)[:2], partial(short, seed), data, s, etas, fine, seed
-        ):
+        base = partial(pair, seed)
+        for key, make in base_sweep(base, partial(short, seed), data, s, etas, fine, seed):
             yield f"{key}.seed{seed}", make
         for arm in ("hybrid", "simple"):
             shares = dict(posterior=0.0, beta=1.0) | (dict(learned=None) if arm == "hybrid" else {})

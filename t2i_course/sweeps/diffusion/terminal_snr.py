@@ -1,13 +1,9 @@
 "The sweep of the terminal SNR chapter: how bright a drawing each schedule, target, spacing and offset allows."
 
-import time
 from functools import lru_cache, partial
 
-import torch
-
-from t2i_course.core.ema import train_arm
-from t2i_course.core.metrics import evaluate, load_judge, reference
-from t2i_course.core.training import has_bf16, pick_device
+from t2i_course.core.experiments import best_precision, fit, setting
+from t2i_course.core.metrics import load_judge
 from t2i_course.diffusion.ddpm import VP, drawer, sample, uniform_times
 from t2i_course.diffusion.schedules import EDM, edm_times, log_normal, scaled_linear_betas
 from t2i_course.diffusion.terminal_snr import (
@@ -28,24 +24,6 @@ SWEEP = dict(  # training pictures, drawings, steps of the sampler, and few of t
     demo=dict(images=20_000, n=400, steps=25, few=10),
     full=dict(images=2_000_000, n=2_000, steps=50, few=10),
 )
-
-
-def fit(
-    config: dict,  # as from `settings`
-    data,  # captioned pictures
-    images: int,  # training pictures
-    seed: int = 0,  # of weights, data and noise
-    process=None,  # gives coefs(t)
-    times=uniform_times,  # draws -> t
-    plus: float = 1.0,  # see `snr_weight`
-    offset: float = 0.0,  # strength of the offset noise
-    precision: str = "fp32",  # or bf16
-) -> tuple:  # tokenizer, trained Denoiser
-    "Train one arm"
-    torch.manual_seed(seed)
-    tok, den = build(config, process, times)
-    train_arm(den, tok, data, config, images, seed, precision, make_loss(den, plus, offset))
-    return tok, den
 
 
 def arms() -> dict:  # name -> what differs
@@ -90,34 +68,29 @@ def experiments(
 ):  # yields ('key.path', make), and make() gives the value
     "Every arm of `arms`, drawn from in every way of `walks`"
     s, data, judge = SWEEP[scale], Papers(), load_judge("painted")
-    precision = "bf16" if has_bf16(pick_device()) else "fp32"
     config, changes = settings(data, s["images"], scale), arms()
     ways = {k: walks(k, c["process"], s["steps"], s["few"], c.get("offset", 0.0)) for k, c in changes.items()}
 
-    def setting():
-        floor = reference(data, judge, s["n"])["fd_floor"]
-        return dict(s, w=1.0, eta=0.0, precision=precision, seeds=list(seeds), fd_floor=floor)
-
     @lru_cache(1)  # all keys of an arm ask for its model
     def trained(name, seed):
-        start = time.perf_counter()
-        tok, den = fit(config, data, s["images"], seed, precision=precision, **changes[name])
-        return tok, den, time.perf_counter() - start
+        own = dict(times=uniform_times, plus=1.0, offset=0.0) | changes[name]
+        fresh = partial(build, process=own["process"], times=own["times"])
+        loss = partial(make_loss, plus=own["plus"], offset=own["offset"])
+        return fit(fresh, config, data, s["images"], seed, best_precision(), loss=loss)
 
     def drawn(name, way, seed):
-        (ts, sampler), (tok, den, _) = ways[name][way], trained(name, seed)
-        return drawer(den, tok, data.shape, ts, sampler=sampler)
+        (ts, sampler), arm = ways[name][way], trained(name, seed)
+        return drawer(arm.model, arm.tok, data.shape, ts, sampler=sampler)
 
     def brightness(name, way, seed):
         return measure(drawn(name, way, seed), data, judge, s["n"], seed)
 
     def row(name, way, seed):
-        _, den, took = trained(name, seed)
-        row = evaluate(drawn(name, way, seed), data, judge, s["n"], seed, s["n"] // 2)
-        row |= dict(recipe=f"terminal_snr.{name}", params=sum(p.numel() for p in den.net.parameters()))
-        return row | dict(images=s["images"], train_seconds=took, nfe=len(ways[name][way][0]) - 1)
+        about = dict(recipe=f"terminal_snr.{name}", nfe=len(ways[name][way][0]) - 1)
+        draw = drawn(name, way, seed)
+        return trained(name, seed).row(data, judge, s["n"], seed, s["n"] // 2, draw=draw, **about)
 
-    yield "setting", setting
+    yield "setting", partial(setting, s, seeds, data, judge, w=1.0, eta=0.0)
     for seed in seeds:
         for name in changes:
             for k, way in enumerate(ways[name]):

@@ -5,11 +5,10 @@ from functools import cache, lru_cache, partial
 import torch
 
 from t2i_course.core.data import Painted
+from t2i_course.core.experiments import best_precision, fit, setting
 from t2i_course.core.files import CourseError
-from t2i_course.core.sources import load
-from t2i_course.core.ema import train_arm
 from t2i_course.core.metrics import evaluate, load_judge, reference
-from t2i_course.core.training import has_bf16, pick_device
+from t2i_course.core.sources import load
 from t2i_course.diffusion.ddpm import VP, drawer, linear_betas, uniform_times
 from t2i_course.diffusion.preconditioning import fit_skip
 from t2i_course.flow.flow_matching import ETA, build, logit_normal, mode_times, recipe_for
@@ -65,14 +64,12 @@ def arms(
 def make_arm(
     config: dict,  # as from `recipe`
     tables: dict,  # of a fitted skip, shared by all arms
-    seed: int = 0,  # of the weights
     skip: bool = True,  # start from the closed form
     framed: bool = True,  # in the caption's own colour directions
     process=None,  # another path than the line
     times=None,  # another density of t than the config's
 ) -> tuple:  # tokenizer, Denoiser
     "A fresh model of one arm of a comparison"
-    torch.manual_seed(seed)
     tok, den = build(config | dict(skip=skip))
     den.process, den.times = process or den.process, times or den.times
     if skip:
@@ -115,13 +112,15 @@ def controls(
     def trained(name, arm, seed):
         data, judge = load(name), load_judge(name)
         config = recipe_for(data, scale)
-        torch.manual_seed(seed)
-        tok, den = build(config | dict(skip=arm == "skip"))
-        fit_skip(den, data, tok, config.fit_images)
-        loss = train_arm(den, tok, data, config, images, seed, precision)
+
+        def fresh(config):
+            tok, den = build(config | dict(skip=arm == "skip"))
+            return tok, fit_skip(den, data, tok, config.fit_images)
+
+        made = fit(fresh, config, data, images, seed, precision)
         floor = reference(data, judge, n)["fd_floor"]
-        one = partial(measure, den, tok, data, judge, n, seed, held=n // 2, above=0.2)
-        return config, one, dict(loss=loss, images=images, fd_floor=floor)
+        one = partial(measure, made.model, made.tok, data, judge, n, seed, held=n // 2, above=0.2)
+        return config, one, made.about | dict(fd_floor=floor)
 
     def control(*arm):
         config, one, about = trained(*arm)
@@ -151,7 +150,7 @@ def experiments(
     s, data = SWEEP[scale], Painted()
     start = dict(t_mean=-0.3, t_std=1.4, pairs_in_groups=False)  # of every arm
     config = recipe_for(data, scale) | dict(max_len=12) | start
-    judge, precision = load_judge("painted"), "bf16" if has_bf16(pick_device()) else "fp32"
+    judge, precision = load_judge("painted"), best_precision()
     changes = arms(VP(linear_betas()))
 
     @cache
@@ -159,20 +158,15 @@ def experiments(
         tok, den = build(config)
         return fit_skip(den, data, tok, config.fit_images).skip.tables
 
-    def setting():
-        floor = reference(data, judge, s["n"])["fd_floor"]
-        about = dict(images=s["images"], n=s["n"], steps=config.steps, precision=precision)
-        return about | dict(pairs_in_groups=False, seeds=list(seeds), fd_floor=floor)
-
     @lru_cache(1)  # all keys of an arm ask for its model
     def trained(name, seed):
-        tok, den = make_arm(config, tables(), seed, **changes[name])
-        loss = train_arm(den, tok, data, config, s["images"], seed, precision)
-        return partial(measure, den, tok, data, judge, s["n"], seed), loss
+        fresh = partial(make_arm, tables=tables(), **changes[name])
+        made = fit(fresh, config, data, s["images"], seed, precision)
+        return partial(measure, made.model, made.tok, data, judge, s["n"], seed), made.about
 
     def arm(name, seed):
-        one, loss = trained(name, seed)
-        return one(held=s["n"] // 2, w=2.0, above=0.2) | dict(loss=loss)
+        one, about = trained(name, seed)
+        return one(held=s["n"] // 2, w=2.0, above=0.2) | about
 
     def path(name, seed):
         return [trained(name, seed)[0](k) for k in s["nfe"]]
@@ -181,7 +175,8 @@ def experiments(
         one = trained("base", seed)[0]
         return [one(held=s["n"] // 2, w=w, above=a) for w, a in s["guidance"]]
 
-    yield "setting", setting
+    sizes = dict(images=s["images"], n=s["n"], steps=config.steps)
+    yield "setting", partial(setting, sizes, seeds, data, judge, pairs_in_groups=False)
     yield "nfe", lambda: list(s["nfe"])
     yield "guidance", lambda: [list(g) for g in s["guidance"]]
     for seed in seeds:

@@ -1,6 +1,5 @@
 "The sweeps of the DiT chapter: sizes, patches and conditionings on digits; DiT and U-Net on painted digits."
 
-import time
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 
@@ -8,10 +7,10 @@ import torch
 from torch import Tensor
 
 from t2i_course.core.data import Draws
-from t2i_course.core.sources import load
-from t2i_course.core.ema import train_arm
+from t2i_course.core.experiments import best_precision, fit
 from t2i_course.core.metrics import evaluate, frechet, judge_for
-from t2i_course.core.training import has_bf16, pick_device
+from t2i_course.core.sources import load
+from t2i_course.core.training import pick_device
 from t2i_course.diffusion.ddpm import SIZES as UNET_SIZES, UNetConfig, drawer, text_unet
 from t2i_course.diffusion.preconditioning import fit_skip
 from t2i_course.transformer.dit import (
@@ -90,7 +89,7 @@ def experiments(
     "Sizes and patches, four ways of conditioning on digits; DiT and U-Net on painted digits"
     s, data, painted = SWEEP[scale], load("digits"), load("painted")
     judge, device = judge_for(data), pick_device()
-    precision = "bf16" if has_bf16(device) else "fp32"
+    precision = best_precision()
     base, big = recipe_for(data, scale), recipe_for(painted, scale)
     size = "L" if "L" in s["sizes"] else "S"
 
@@ -114,18 +113,19 @@ def experiments(
     fitted = {}
 
     def trained(build, config, data, seed, images=None, seconds=None):
-        torch.manual_seed(seed)
-        tok, den = build(config)
-        den.net.to(device)
-        den.to(device)
-        if den.skip is not None:  # painted digits only; fitted once
-            if not fitted:
-                fitted.update(fit_skip(den, data, tok, s["fit"]).skip.tables)
-            den.skip.tables = dict(fitted)
-        start, cpu = time.perf_counter(), time.process_time()
-        loss = train_arm(den, tok, data, config, images, seed, precision, seconds=seconds)
-        took = dict(train_seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu)
-        return tok, den, dict(params=n_params(den.net), images=images, train_loss=loss) | took
+        def fresh(config):
+            tok, den = build(config)
+            den.net.to(device)
+            den.to(device)
+            if den.skip is not None:  # painted digits only; fitted once
+                if not fitted:
+                    fitted.update(fit_skip(den, data, tok, s["fit"]).skip.tables)
+                den.skip.tables = dict(fitted)
+            return tok, den
+
+        arm = fit(fresh, config, data, images, seed, precision, seconds=seconds)
+        about = {"train_loss" if k == "loss" else k: v for k, v in arm.about.items()}
+        return arm.tok, arm.model, about | dict(params=n_params(arm.model.net))
 
     def digits_row(seed, *arm):
         tok, den, made = trained(build, mini(base, *arm), data, seed, s["images"])
