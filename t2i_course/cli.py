@@ -1,337 +1,262 @@
-"""The `t2i` command: train, sample, eval, run, data, bench, report, doctor, demo."""
+"""The `t2i` command: what can be typed, and help. What the commands do stands in run/ and bench/."""
 
-import argparse
-import errno
 import os
 import sys
-from importlib import import_module
 from pathlib import Path
+from typing import Annotated, Literal
 
-from t2i_course.bench.digits import BUDGETS, digits
-from t2i_course.bench.painted import painted
-from t2i_course.bench.peers import PEERS
-from t2i_course.bench.speed import speed
+import typer
+from typer import Argument
+
 from t2i_course.core.files import CourseError, between, say
 from t2i_course.core.guards import Stopped
-from t2i_course.core.training import pick_device
-from t2i_course.run.chapter import run_chapter
+from t2i_course.core.register import recipe, recipes, sweeps
+from t2i_course.run.chapter import at_scale, run_chapter
 from t2i_course.run.data import prepare_data, write_data
 from t2i_course.run.demo import demo
 from t2i_course.run.doctor import doctor
 from t2i_course.run.measure import eval_run
-from t2i_course.run.model import OPTIONS
-from t2i_course.run.register import CHAPTERS, RECIPES
 from t2i_course.run.report import report
 from t2i_course.run.sample import draw_file
 from t2i_course.run.sheets import SHEET
-from t2i_course.run.stamp import _typed, result_file, stamp
+from t2i_course.run.stamp import _typed
 from t2i_course.run.train import train_run
+from t2i_course.run.words import Command, Commands, Sample, flag, of_the_system, roles, told
+
+app = typer.Typer(
+    help="Train, sample and measure the text-to-image models of t2i_course.",
+    epilog="Start with: t2i demo",
+    cls=Commands,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def n(help: str, *names):
+    "An option with a number behind it"
+    return told(help, "N", *names)
+
+
+def command(**how):
+    "A command whose options may have several words behind them"
+    return app.command(**dict(cls=Command) | how)
 
 
 DATA = "digits, painted, painted2, mnist, fashion, cifar10 or a folder as ./FOLDER"
-
-
 SIZE = "side of a folder's pictures, which are cropped to their central square and resized (default 32)"
+Side = Annotated[int | None, n(SIZE, "--size")]
+Split = Annotated[str, told("train, test, or painted: heldout", "NAME")]
+File = Annotated[str | None, told("file to write", "FILE", "--out")]
+Quiet = Annotated[bool, flag("no progress bar", "--quiet")]
+Seed = Annotated[int, n("of every random number")]
+Run = Annotated[str, Argument(metavar="RUN", help="run folder")]
+Name = Annotated[str, Argument(metavar="DATA", help=DATA)]
+DATA = (
+    f"{DATA}, of captioned images (default painted); with --resume: the new place of a folder that was moved"
+)
 
 
-def cmd_train(a):
-    "t2i train"
-    if a.list:
-        for k, v in RECIPES.items():
-            print(f"{k:15} {import_module(v).__doc__.strip().splitlines()[0]}")
+@command(name="demo")
+def demo_command(
+    images: Annotated[int | None, n("pictures to train on (default 40000)")] = None,
+    seconds: Annotated[float | None, n("time limit of training (default 150)")] = None,
+    out: Annotated[str, told("run folder", "RUN")] = "runs/demo",
+):
+    "Train on painted digits, draw, measure: a minute on a fast machine, at most four on a slow one."
+    demo(between(seconds, 0.1, 1e6, "--seconds"), out, between(images, 1, 1e12, "--images", whole=True))
+
+
+@command(name="train", epilog=lambda: f"Recipes: {', '.join(recipes())}")
+def train_command(
+    name: Annotated[str | None, Argument(metavar="RECIPE", help="see --list")] = None,
+    all_of_them: Annotated[bool, flag("the recipes", "--list")] = False,
+    data: Annotated[str | None, told(DATA, "DATA")] = None,
+    scale: Annotated[
+        Literal["smoke", "demo", "full"] | None,
+        told("size of the model and default length (default: T2I_SCALE, else demo)"),
+    ] = None,
+    seconds: Annotated[float | None, n("wall time of training")] = None,
+    images: Annotated[
+        int | None, n("images seen: the clock that makes runs repeatable; with --seconds, whichever is first")
+    ] = None,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"] | None,
+        told("auto, the default: bf16 where the processor or GPU has units for it, else fp32"),
+    ] = None,
+    seed: Annotated[int | None, n("of every random number (default 0)")] = None,
+    resume: Annotated[
+        bool,
+        flag("go on with the run in --out; other options may be left out, and may not differ", "--resume"),
+    ] = False,
+    out: Annotated[str | None, told("run folder (default runs/RECIPE-DATA-SEED)", "RUN")] = None,
+    save_every: Annotated[float, n("seconds between checkpoints")] = 20.0,
+    quiet: Quiet = False,
+    size: Side = None,
+    items: Annotated[
+        list[str] | None, told("fields of the config: lr=1e-4 batch=128", "FIELD=VALUE", "--set")
+    ] = None,
+    use: Annotated[
+        list[str] | None,
+        told("finished runs to stand on; what is needed and not given is trained first", "ROLE=RUN"),
+    ] = None,
+    codec: Annotated[str | None, told("short for --use codec=RUN", "RUN")] = None,
+    shard: Annotated[
+        Literal["ddp", "fsdp"] | None,
+        told("under torchrun: a copy of the model in each process, or a shard of it"),
+    ] = None,
+    accumulate: Annotated[int, n("micro-batches a step")] = 1,
+    checkpointing: Annotated[
+        bool,
+        flag("compute activations again in the backward pass instead of keeping them", "--checkpointing"),
+    ] = False,
+    compiled: Annotated[bool, flag("torch.compile, block by block", "--compile")] = False,
+):
+    "Train a recipe into a run folder."
+    if all_of_them:
+        for k in recipes():
+            print(f"{k:15} {recipe(k).__doc__.strip().splitlines()[0]}")
         return
-    between(a.save_every, 0, 1e6, "--save-every")
-    known = a.resume and a.out and (Path(a.out) / "config.json").exists()  # the run knows its recipe
-    if not (a.recipe or known):
-        raise CourseError(f"say which recipe to train: {', '.join(RECIPES)}")
-    out = train_run(
-        a.recipe,
-        a.data,
-        a.scale,
-        a.seconds,
-        a.images,
-        a.seed,
-        a.out,
-        a.resume,
-        a.precision,
-        a.quiet,
-        a.save_every,
-        codec=a.codec,
-        size=a.size,
-        shard=a.shard,
-        checkpointing=a.checkpointing,
-        compiled=a.compile,
-        accumulate=between(a.accumulate, 1, 4096, "--accumulate", whole=True),
-    )
+    between(save_every, 0, 1e6, "--save-every")
+    between(accumulate, 1, 4096, "--accumulate", whole=True)
+    known = resume and out and (Path(out) / "config.json").exists()  # the run knows its recipe
+    if not (name or known):
+        raise CourseError(f"say which recipe to train: {', '.join(recipes())}")
+    how = dict(quiet=quiet, save_every=save_every, shard=shard, accumulate=accumulate)
+    how |= dict(checkpointing=checkpointing, compiled=compiled)
+    given = dict(items=items or (), use=roles(use or [], codec), size=size)
+    out = train_run(name, data, scale, seconds, images, seed, out, resume, precision, **given, **how)
     if not int(os.environ.get("RANK", 0)):
         print(f'{out}: trained. Draw with: t2i sample {out} --prompt "..." --out picture.png')
 
 
-def cmd_sample(a):
-    "t2i sample"
-    draw_file(
-        a.run, a.out, a.prompt, a.captions, a.per_caption, a.seed, **{k: getattr(a, k) for k in OPTIONS}
-    )
+@command(name="sample", cls=Sample)
+def sample_command(
+    context: typer.Context,
+    run: Run,
+    out: Annotated[
+        str,
+        told(f"picture.png (a labelled sheet of at most {SHEET}) or pictures.npz (images, captions)", "FILE"),
+    ],
+    prompt: Annotated[list[str] | None, told("captions; may be given several times", "TEXT")] = None,
+    captions: Annotated[
+        str | None,
+        told(
+            "UTF-8 file or pipe (- is standard input), one caption a line; a blank one is no condition",
+            "FILE",
+        ),
+    ] = None,
+    per_caption: Annotated[int, n("pictures of each caption")] = 1,
+    seed: Annotated[int, n("of the noise")] = 0,
+):
+    "Draw captions with a trained run."
+    draw_file(run, out, prompt, captions, per_caption, seed, **context.meta["options"])
 
 
-def cmd_eval(a):
-    "t2i eval"
-    between(a.n, 8, 100_000, "--n", whole=True)
-    between(a.seed, 0, 2**62, "--seed", whole=True)
-    eval_run(a.run, a.n, a.seed, data=a.data)
+@command(name="eval")
+def eval_command(
+    run: Run,
+    n: Annotated[int | None, n("drawings (default 1000, of digits 5000)")] = None,
+    seed: Annotated[int, n("of captions and noise")] = 0,
+    data: Annotated[str | None, told("where its pictures lie now, if they were moved", "FOLDER")] = None,
+):
+    "Measure a run: obedience, Frechet distance, recall, copying."
+    between(n, 8, 100_000, "--n", whole=True)
+    between(seed, 0, 2**62, "--seed", whole=True)
+    eval_run(run, n, seed, data=data)
 
 
-def cmd_data(a):
-    "t2i data"
-    write_data(a.name, a.out, a.split, a.n, a.seed, a.size)
+@command(name="run", epilog=lambda: f"Chapters: {', '.join(('demo', *sweeps()))}")
+def run_command(
+    chapter: Annotated[str, Argument(metavar="CHAPTER", help="its name")],
+    seeds: Annotated[int, n("how many")] = 2,
+    seconds: Annotated[float | None, n("training time of a row (default 60)")] = None,
+    scale: Annotated[
+        Literal["smoke", "demo", "full"] | None,
+        told("size of models and sweeps (default: T2I_SCALE, else demo)"),
+    ] = None,
+    out: File = None,
+):
+    "Make the measurements of a chapter (results/CHAPTER.json); again: go on with the first that is missing."
+    with at_scale(scale):
+        run_chapter(chapter, first_seeds(seeds), between(seconds, 0.1, 1e6, "--seconds"), out)
 
 
-def cmd_prepare(a):
-    "t2i prepare"
-    prepare_data(a.data, a.out, a.images, a.size, a.split, a.shard_size, a.codec, a.store, a.seed, a.quiet)
-
-
-def first_seeds(n) -> tuple:
+def first_seeds(n: int) -> tuple:
     "0, 1, ... n-1"
     return tuple(range(between(n, 1, 100, "--seeds", whole=True)))
 
 
-def cmd_run(a):
-    "t2i run"
-    run_chapter(a.chapter, first_seeds(a.seeds), between(a.seconds, 0.1, 1e6, "--seconds"), a.out)
+@command(name="data")
+def data_command(
+    name: Name,
+    out: Annotated[str, told("file.npz", "FILE")],
+    split: Split = "train",
+    n: Annotated[int, n("pictures")] = 1000,
+    seed: Seed = 0,
+    size: Side = None,
+):
+    "Write captioned pictures of a data set to a file."
+    write_data(name, out, split, n, seed, size)
 
 
-def cmd_bench(a):
-    "t2i bench"
-    for s in a.seconds or ():
+@command(name="prepare")
+def prepare_command(
+    data: Name,
+    images: Annotated[int, n("how many")],
+    out: Annotated[str, told("of the shards; prepare again to go on after an interruption", "FOLDER")],
+    size: Side = None,
+    split: Split = "train",
+    shard_size: Annotated[int, n("images a shard")] = 4096,
+    codec: Annotated[str | None, told("a trained vae: store its latents instead of pictures", "RUN")] = None,
+    store: Annotated[
+        Literal["float32", "float16", "uint8"], told("how numbers are kept; float32 is exact")
+    ] = "float32",
+    seed: Seed = 0,
+    quiet: Quiet = False,
+):
+    "Write captioned pictures, or their latents, to shards that training reads by index."
+    prepare_data(data, out, images, size, split, shard_size, codec, store, seed, quiet)
+
+
+@command(name="bench")
+def bench_command(
+    what: Annotated[
+        Literal["painted", "digits", "speed"],
+        Argument(help="painted digits, MNIST beside two published recipes, or steps beside diffusers"),
+    ] = "painted",
+    seconds: Annotated[
+        list[float] | None, n("training times (default painted 60 180, digits 2.5 to 240)")
+    ] = None,
+    seeds: Annotated[int | None, n("how many (default painted 2, digits 3)")] = None,
+    peers: Annotated[
+        list[str] | None, told("digits: which published recipes (default both)", "[diffusers|torchcfm]")
+    ] = None,
+    out: File = None,
+):
+    "Quality against training time (results/bench_painted.json, bench_digits.json, bench_speed.json)."
+    from t2i_course.bench.command import bench
+
+    for s in seconds or ():
         between(s, 0.1, 1e6, "--seconds")
-    seeds = first_seeds(a.seeds or (2 if a.what == "painted" else 3))
-    path, head = result_file(a.out, f"bench_{a.what}"), stamp("bench", seeds)
-    if a.what == "painted":
-        painted(head, path, a.seconds or (60, 180), seeds)
-    if a.what == "speed":
-        speed(head, path, pick_device(), say)
-    if a.what == "digits":
-        budgets = dict.fromkeys(BUDGETS, tuple(a.seconds)) if a.seconds else None
-        digits(head, path, budgets, seeds, tuple(PEERS if a.peers is None else a.peers), say=say)
+    bench(what, seconds, seeds and first_seeds(seeds), peers, out)
 
 
-class Parser(argparse.ArgumentParser):
-    "An argument that cannot be read is one sentence too"
-
-    def error(self, message):
-        raise CourseError(f"{message}; see {self.prog} --help")
-
-
-def add_train(command):
-    "Options of t2i train"
-    a = command("train", "train a recipe into a run folder", cmd_train)
-    a("recipe", nargs="?", help=", ".join(RECIPES))
-    a("--list", action="store_true", help="the recipes")
-    a(
-        "--data",
-        help=f"{DATA}, of captioned images (default painted); with --resume: the new place of a folder "
-        f"that was moved",
-    )
-    a(
-        "--scale",
-        choices=["smoke", "demo", "full"],
-        help="size of the model and default length (default: T2I_SCALE, else demo)",
-    )
-    a("--seconds", type=float, metavar="N", help="wall time of training")
-    a(
-        "--images",
-        type=int,
-        metavar="N",
-        help="images seen: the clock that makes runs repeatable; with --seconds, whichever is first",
-    )
-    a(
-        "--precision",
-        choices=["auto", "fp32", "bf16", "fp16"],
-        help="auto, the default: bf16 where the processor or GPU has units for it, else fp32",
-    )
-    a("--seed", type=int, metavar="N", help="of every random number (default 0)")
-    a(
-        "--resume",
-        action="store_true",
-        help="go on with the run in --out; other options may be left out, and may not differ",
-    )
-    a("--out", metavar="RUN", help="run folder (default runs/RECIPE-DATA-SEED)")
-    a("--save-every", type=float, default=20.0, metavar="N", help="seconds between checkpoints (default 20)")
-    a("--quiet", action="store_true", help="no progress bar")
-    a("--size", type=int, metavar="N", help=SIZE)
-    a("--codec", metavar="RUN", help="with --data of latents: the vae run that t2i prepare was given")
-    a(
-        "--shard",
-        choices=["ddp", "fsdp"],
-        help="under torchrun: a copy of the model in each process, or a shard of it",
-    )
-    a("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step (default 1)")
-    a(
-        "--checkpointing",
-        action="store_true",
-        help="compute activations again in the backward pass instead of keeping them",
-    )
-    a("--compile", action="store_true", help="torch.compile, block by block")
+@command(name="report")
+def report_command(
+    folder: Annotated[str | None, Argument(metavar="FOLDER", help="default: results/")] = None,
+    figure: Annotated[
+        str | None, told("where it goes (default report.png beside the results)", "FILE")
+    ] = None,
+):
+    "The report card and one table of all results."
+    report(folder, figure)
 
 
-def add_sample(command):
-    "Options of t2i sample"
-    a = command("sample", "draw captions with a trained run", cmd_sample)
-    a("run", help="run folder")
-    a("--prompt", nargs="+", action="extend", metavar="TEXT", help="captions; may be given several times")
-    a(
-        "--captions",
-        metavar="FILE",
-        help="UTF-8 file or pipe (- is standard input), one caption a line; a blank line draws without "
-        "condition",
-    )
-    a("--per-caption", type=int, default=1, metavar="N", help="pictures of each caption (default 1)")
-    a("--steps", type=int, metavar="N", help="sampler steps (default the recipe's)")
-    a(
-        "--guidance",
-        type=float,
-        metavar="W",
-        help="guidance scale; 1 = none, 0 = the empty caption (default the recipe's)",
-    )
-    a("--temperature", type=float, metavar="X", help="autoregressive recipes: of the softmax over codes")
-    a(
-        "--candidates",
-        type=int,
-        metavar="N",
-        help="autoregressive recipes: draw N, keep the one that fits best",
-    )
-    a("--truncation", type=float, metavar="X", help="GAN recipes: how far from the mean latents may lie")
-    a("--seed", type=int, default=0, metavar="N", help="of the noise (default 0)")
-    a(
-        "--out",
-        required=True,
-        metavar="FILE",
-        help=f"picture.png (a labelled sheet of at most {SHEET}) or pictures.npz (images, captions)",
-    )
-
-
-def add_rest(command):
-    "Options of the commands around training and sampling"
-    a = command("eval", "measure a run: obedience, Frechet distance, recall, copying", cmd_eval)
-    a("run", help="run folder")
-    a("--n", type=int, default=1000, metavar="N", help="drawings (default 1000)")
-    a("--seed", type=int, default=0, metavar="N", help="of captions and noise (default 0)")
-    a("--data", metavar="FOLDER", help="the new place of its pictures, if their folder was moved")
-    a = command(
-        "run",
-        "make the measurements of a chapter (results/CHAPTER.json); again: go on with the first that is "
-        "missing",
-        cmd_run,
-    )
-    a("chapter", help=", ".join(("demo", *CHAPTERS)))
-    a("--seeds", type=int, default=2, metavar="N", help="how many (default 2)")
-    a("--seconds", type=float, metavar="N", help="training time of a row (default 60)")
-    a("--out", metavar="FILE", help="file to write")
-    a = command("data", "write captioned pictures of a data set to a file", cmd_data)
-    a("name", help=DATA)
-    a("--split", default="train", help="train, test, or painted: heldout (default train)")
-    a("--n", type=int, default=1000, metavar="N", help="pictures (default 1000)")
-    a("--seed", type=int, default=0, metavar="N", help="of every random number (default 0)")
-    a("--size", type=int, metavar="N", help=SIZE)
-    a("--out", required=True, metavar="FILE", help="file.npz")
-    a = command(
-        "prepare",
-        "write captioned pictures, or their latents, to shards that training reads by index",
-        cmd_prepare,
-    )
-    a("data", help=DATA)
-    a("--images", type=int, required=True, metavar="N", help="how many")
-    a("--size", type=int, metavar="N", help=SIZE)
-    a(
-        "--out",
-        required=True,
-        metavar="FOLDER",
-        help="of the shards; prepare again to go on after an interruption",
-    )
-    a("--split", default="train", help="train, test, or painted: heldout (default train)")
-    a("--shard-size", type=int, default=4096, metavar="N", help="images a shard (default 4096)")
-    a("--codec", metavar="RUN", help="a trained vae run: store its latents instead of pictures")
-    a(
-        "--store",
-        choices=["float32", "float16", "uint8"],
-        default="float32",
-        help="how numbers are kept (default float32, which is exact)",
-    )
-    a("--seed", type=int, default=0, metavar="N", help="of the pictures (default 0)")
-    a("--quiet", action="store_true", help="no progress bar")
-    a = command(
-        "bench",
-        "quality against training time (results/bench_painted.json, bench_digits.json, bench_speed.json)",
-        cmd_bench,
-    )
-    a(
-        "what",
-        nargs="?",
-        choices=["painted", "digits", "speed"],
-        default="painted",
-        help="painted digits, MNIST beside two published recipes (about an hour), or steps of U-Net and "
-        "DiT beside diffusers; default painted",
-    )
-    a(
-        "--seconds",
-        type=float,
-        nargs="+",
-        metavar="N",
-        help="training times (default painted 60 180, digits 2.5 to 240)",
-    )
-    a("--seeds", type=int, metavar="N", help="how many (default painted 2, digits 3)")
-    a(
-        "--peers",
-        nargs="*",
-        choices=["diffusers", "torchcfm"],
-        help="digits: which of the published recipes (default both)",
-    )
-    a("--out", metavar="FILE", help="file to write")
-    a = command(
-        "report", "the report card and one table of all results", lambda a: report(a.folder, a.figure)
-    )
-    a("folder", nargs="?", help="default: results/")
-    a("--figure", metavar="FILE", help="where the figure goes (default report.png beside the results)")
-    command("doctor", "what this machine offers and what is missing", lambda a: doctor())
-
-
-def parser() -> Parser:
-    "All commands of t2i"
-    p = Parser(
-        "t2i",
-        description="Train, sample and measure the text-to-image models of t2i_course.",
-        epilog="Start with: t2i demo",
-        allow_abbrev=False,
-    )
-    sub = p.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    def command(name, text, run):
-        q = sub.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
-        q.set_defaults(do=run)
-        return q.add_argument
-
-    a = command(
-        "demo",
-        "train on painted digits, draw, measure: a minute on a fast machine, at most four on a slow one",
-        lambda a: demo(
-            between(a.seconds, 0.1, 1e6, "--seconds"),
-            a.out,
-            between(a.images, 1, 1e12, "--images", whole=True),
-        ),
-    )
-    a("--images", type=int, metavar="N", help="pictures to train on (default 40000)")
-    a("--seconds", type=float, metavar="N", help="time limit of training (default 150)")
-    a("--out", default="runs/demo", metavar="RUN", help="run folder (default runs/demo)")
-    add_train(command)
-    add_sample(command)
-    add_rest(command)
-    return p
-
-
-def lost(e: RuntimeError) -> bool:
-    "Does this error say that another process is gone?"
-    return any(w in str(e).lower() for w in ("connection", "peer", "timed out", "nccl", "socket", "gloo"))
+@command(name="doctor")
+def doctor_command():
+    "What this machine offers and what is missing."
+    doctor()
 
 
 def main(argv=None) -> int:
@@ -340,42 +265,24 @@ def main(argv=None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     _typed.append([str(v) for v in (sys.argv[1:] if argv is None else argv)])
+    code, line = 0, ""
     try:
-        a = parser().parse_args(argv)
-        a.do(a)
+        code = typer.main.get_command(app).main(_typed[-1], prog_name="t2i", standalone_mode=False) or 0
     except CourseError as e:
-        say(f"t2i: {e}", everyone=True)
-        return 2
+        code, line = 2, f"t2i: {e}"
     except Stopped as e:
-        say(f"\nt2i: {e}", everyone=True)
-        return 130
-    except KeyboardInterrupt:
-        say("\nt2i: stopped", everyone=True)
-        return 130
+        code, line = 130, f"\nt2i: {e}"
+    except (KeyboardInterrupt, typer.Abort):
+        code, line = 130, "\nt2i: stopped"
     except BrokenPipeError:
-        return 1
-    except RuntimeError as e:  # gloo and NCCL report a lost process in many words
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not lost(e):
-            raise
-        say(
-            f"t2i: process {os.environ['RANK']} has lost another one ({str(e).splitlines()[0][:120]}). "
-            "Go on from the last checkpoint: the same command with --resume.",
-            everyone=True,
-        )
-        return 3
-    except OSError as e:  # a disk that fills up while a line is logged, a file without the right to read it
-        if not e.filename and e.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-            raise
-        what = f"{e.strerror}: {e.filename}" if e.filename else e.strerror
-        full = e.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-        say(
-            f"t2i: {what}. {'Free some space.' if full else 'Check the path and its permissions.'}",
-            everyone=True,
-        )
-        return 2
+        code = 1
+    except (RuntimeError, OSError) as e:
+        code, line = of_the_system(e)
     finally:
         _typed.pop()
-    return 0
+    if line:
+        say(line, everyone=True)
+    return code
 
 
 if __name__ == "__main__":

@@ -2,16 +2,14 @@
 import json
 import re
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 
 import pytest
 import torch
 from t2i_course.run.arms import make_arms, put, code_version, kept_arms, measured_numbers, twin, value_at
 from t2i_course.ar import dalle
 from t2i_course.cli import main
+from t2i_course.core.register import sweep as sweep_of, sweeps
 from t2i_course.run.chapter import run_chapter
-from t2i_course.run.register import CHAPTERS
 from t2i_course.codec import dvae, vae, vqvae
 from t2i_course.core.files import CourseError
 from t2i_course.core.sources import load
@@ -21,18 +19,17 @@ from t2i_course.sweeps.codec import dvae as dvae_sweep, vae as vae_sweep, vqvae 
 from t2i_course.sweeps.gan import (adversarial as adversarial_sweep, biggan as biggan_sweep, stylegan2 as stylegan2_sweep,
                                    text_gan as text_gan_sweep)
 from t2i_course.sweeps.ar import dalle as dalle_sweep
-from t2i_course.sweeps.diffusion import samplers as sweep
+from t2i_course.sweeps.diffusion import samplers as samplers_sweep
 from tree import ROOT
+from uses import uses_of
 
 
 def chapter(name):
-    "The module with a chapter's sweep: at the chapter's address below sweeps, or the chapter itself."
-    path = CHAPTERS[name].replace("t2i_course.", "t2i_course.sweeps.", 1)
-    beside = find_spec(path.rpartition(".")[0]) and find_spec(path)
-    return import_module(path if beside else CHAPTERS[name])
+    "The module with a chapter's sweep."
+    return sweep_of(name)[1]
 
 
-SWEEPS = [name for name in CHAPTERS if hasattr(chapter(name), "experiments")]
+SWEEPS = [name for name in sweeps() if hasattr(chapter(name), "experiments")]
 RESULTS = sorted((ROOT / "results").glob("*.json"))
 NOT_YET = {"dalle": {f"arms.{a}.{s}" for a in ("early", "early_counted") for s in (0, 1)}}  # to be measured, see the DALL-E chapter
 
@@ -93,7 +90,7 @@ def value_keys(d, key):
 def test_each_key_is_made_from_its_own_arm(monkeypatch):
     "Asked for in the opposite order, when all loops are over."
     monkeypatch.setattr(biggan_sweep, "fresh", lambda config, seed: (None, None))
-    monkeypatch.setattr(biggan_sweep, "watched", lambda config, data, images, looks, judge, n, seed, precision: (config["batch"], seed))
+    monkeypatch.setattr(biggan_sweep, "watched", lambda config, data, images, looks, judge, n, seed, precision: (config.batch, seed))
     pairs = [(k, m) for k, m in biggan_sweep.experiments("smoke", (3, 4)) if k.startswith("batch")]
     assert {k: m() for k, m in reversed(pairs)} == {f"batch.{b}.seed{s}": (b, s) for b in biggan_sweep.BATCHES for s in (3, 4)}
 
@@ -105,19 +102,21 @@ def arms_of(monkeypatch, module, **instead):
 
 def test_late_binding_everywhere(monkeypatch):
     "What a key says is what is trained: the changes of the arm, and its seed."
-    def trained(data, config, images, seed, precision, quantizer=None):
-        seen.append((data.name, {k: config[k] for k in config if config[k] != base[k]}, seed, quantizer))
+    def trained(build, config, data, images, seed, precision, change=None):
+        seen.append((data.name, {k: config[k] for k in config.keys() if config[k] != base[k]}, seed, change))
         raise StopIteration
+    def whitened(data, config, *args): trained(None, config, data, *args)
     for module, data, first in ((vqvae_sweep, "digits", "beta."), (vae_sweep, "painted", "losses."),
                                 (dvae_sweep, "digits", "arms.")):
         base, seen = module.recipe_for(load(data), "smoke"), []
-        pairs = arms_of(monkeypatch, module, fit=trained, **(dict(train_judge=None) if module is vae_sweep else {}))
+        instead = dict(fit_whitened=whitened, train_judge=None) if module is vae_sweep else dict(fit=trained)
+        pairs = arms_of(monkeypatch, module, **instead)
         pairs = [(k, m) for k, m in pairs if k.startswith(first)]
         for _, make in reversed(pairs):
             with pytest.raises(StopIteration): make()
         assert len(seen) == len(pairs) == len({repr(s) for s in seen}), "two keys train the same arm"
         assert [s[2] for s in reversed(seen)] == [int(re.search(r"\d+$", k).group()) for k, _ in pairs]
-        if module is vqvae_sweep: assert [round(100 * s[1].get("beta", base["beta"])) for s in reversed(seen)] == [
+        if module is vqvae_sweep: assert [round(100 * s[1].get("beta", base.beta)) for s in reversed(seen)] == [
             int(k.split(".")[1]) for k, _ in pairs]
 
 
@@ -212,7 +211,8 @@ def test_run_chapter_goes_on(tmp_path, monkeypatch, capsys):
         def experiments(scale, seeds):
             for k in "ab": yield f"arm.{k}", lambda k=k: calls.append(k) or stop.get(k, dict(loss=ord(k) / 7))()
     stop = dict(a=lambda: dict(loss=.123456789), b=lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-    monkeypatch.setattr("t2i_course.run.chapter.module", lambda name, table=None: Sweep)
+    Sweep.__name__ = "t2i_course.sweeps.scale.recipes"
+    monkeypatch.setattr("t2i_course.run.chapter.sweep", lambda chapter: ("recipes", Sweep))
     run = ["run", "04_recipes", "--seeds", "1", "--out", str(path)]
     assert main(run) == 130 and calls == ["a"] + ["b"] and set(json.loads(path.read_text())["arm"]) == {"a"}
     stop["b"] = lambda: dict(loss=.2345678912)
@@ -274,7 +274,7 @@ def test_what_may_agree_is_a_short_list():
 def test_points_of_a_sweep_are_different_ones(scale):
     "Two numbers of calls can be the same number of Heun steps; at psi 1 it does not matter where w would be pulled."
     for sampler in samplers.SAMPLERS.values():
-        steps = [samplers.steps_for(sampler, n) for n in sweep.SWEEP[scale]["nfe"]]
+        steps = [samplers.steps_for(sampler, n) for n in samplers_sweep.SWEEP[scale]["nfe"]]
         assert len(set(steps)) == len(steps), steps
     assert set(stylegan2_sweep.SWEEP[scale]["psi"]) - {1.}
 
@@ -283,9 +283,9 @@ def test_the_early_arms_are_early(monkeypatch):
     "They get their share of the pictures, and come out otherwise than the arms that are trained to the end."
     images, arm = {}, dalle_sweep.fit_arm
 
-    def watched(codec, tok, data, config, n, seed, precision):
-        images[config["counts"], n] = True
-        return arm(codec, tok, data, config, n, seed, precision)
+    def watched(codec, data, config, n, seed):
+        images[config.counts, n] = True
+        return arm(codec, data, config, n, seed)
     monkeypatch.setattr(dalle_sweep, "fit_arm", watched)
     monkeypatch.setitem(dalle_sweep.SWEEP, "smoke", dalle_sweep.SWEEP["smoke"] | dict(images=64, arm=320))
     makers = dict(dalle_sweep.experiments("smoke", (0,)))
@@ -297,12 +297,18 @@ def test_the_early_arms_are_early(monkeypatch):
 
 # --- what an arm changes is something that its model looks at ---
 
-class Watched(dict):
-    "A config that remembers which entries were looked at."
-    def __init__(self, *args): super().__init__(*args); self.seen = set()
-    def __getitem__(self, k): self.seen.add(k); return super().__getitem__(k)
-    def get(self, k, default=None): self.seen.add(k); return super().get(k, default)
-    def __or__(self, other): raise TypeError("a copy would not be watched")
+def watched(config):
+    "The config, and the names of its fields that were looked at."
+    seen, fields = set(), set(config.keys())
+
+    class Seen(type(config)):
+        def __getattribute__(self, k):
+            if k in fields: seen.add(k)
+            return object.__getattribute__(self, k)
+        def __or__(self, other): raise TypeError("a copy would not be watched")
+    config.__class__ = Seen
+    seen.clear()
+    return config, seen
 
 
 CHANGES = [(m, d, k, c) for m, d, by in (
@@ -318,8 +324,9 @@ CHANGES = [(m, d, k, c) for m, d, by in (
 def test_what_an_arm_changes_is_looked_at(module, data, arm, change):
     config = module.recipe_for(load(data), "smoke")
     assert change.keys() <= config.keys(), "a name that the recipe does not know"
-    config = Watched(config | change)
-    _, model = module.build(config)
+    uses = uses_of(module, config)
+    config, seen = watched(config | change)
+    _, model = module.build(config, **uses)
     from t2i_course.core.ema import state_for
     state_for(model, config)
-    assert change.keys() <= config.seen, change.keys() - config.seen
+    assert change.keys() <= seen, change.keys() - seen

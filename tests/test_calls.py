@@ -8,14 +8,13 @@ from importlib import import_module
 import pytest
 import t2i_course
 import torch
-from t2i_course.core.ema import state_for
-from t2i_course.run.register import RECIPES
+from t2i_course.core.register import recipe as module_of, recipes
 from t2i_course.run.settings import settings
-from t2i_course.run.train import head_start
 from t2i_course.core.conditioning import count_calls
 from t2i_course.core.data import Draws, results_path
 from t2i_course.core.sources import load
 from t2i_course.diffusion import ddpm, samplers
+from uses import built
 
 DRAWN = dict(guidance=1.), dict(guidance=3.), dict(candidates=3), dict(steps=7), dict(guide_below=.5)
 
@@ -23,16 +22,16 @@ DRAWN = dict(guidance=1.), dict(guidance=3.), dict(candidates=3), dict(steps=7),
 def model_of(recipe, data="digits", scale="smoke", **change):
     config = settings(recipe, data, scale, None, 64, 0, "fp32", changes=change)
     torch.manual_seed(0)
-    tok, model = import_module(RECIPES[recipe]).build(config)
-    config |= dict(fit_images=256)
-    if getattr(model, "skip", None) is not None: head_start(state_for(model, config), load(data), tok, model, config, None)
+    tok, model = built(module_of(recipe), config)
+    if "fit_images" in config: config |= dict(fit_images=256)
+    model.prepare(load(data), tok, config)
     return tok, model, config
 
 
 def thrice(draw, _): return draw(["a handwritten seven", "a handwritten two", ""])
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", recipes())
 def test_what_is_said_is_what_is_called(recipe):
     "Three pictures, drawn from captions, make three times the calls of one."
     tok, model, config = model_of(recipe)
@@ -66,14 +65,15 @@ def test_guidance_is_paid_inside_its_interval():
 def test_a_call_for_each_code_twice_with_guidance_for_each_candidate(recipe, codes, monkeypatch):
     "Counted here by the codes that are drawn."
     tok, model, config = model_of(recipe)
-    module, drawn = import_module(RECIPES[recipe]), []
+    module, drawn = module_of(recipe), []
     if recipe == "parti": module = import_module("t2i_course.ar.dalle")
     real = module.pick
     monkeypatch.setattr(module, "pick", lambda logits, *a: drawn.append(len(logits)) or real(logits, *a))
     for w in (1., 2.):
         for n in (1, 3) if "candidates" in config else (1,):
             drawn.clear()
-            assert model.calls(config | dict(guidance=w, candidates=n)) == codes * n * (1 if w == 1 else 2)
+            change = dict(guidance=w) | (dict(candidates=n) if "candidates" in config else {})
+            assert model.calls(config | change) == codes * n * (1 if w == 1 else 2)
             assert sum(drawn) == codes * n
 
 
@@ -105,7 +105,6 @@ def test_published_calls_are_those_of_the_recipe(name, data):
             full = settings(recipe, data, "demo", 5 if quick else None, None, 0, "fp32")
             drawn = ("steps", "guidance", "guide_above", "guide_below", "candidates")
             tok, model, config = model_of(recipe, data, **{k: full[k] for k in drawn if k in full})
-            if recipe == "dalle": config |= {}
             known[recipe, quick] = model.calls(config)
         assert row["nfe"] == known[recipe, quick], (recipe, row.get("guidance"))
 

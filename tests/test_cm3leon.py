@@ -6,6 +6,7 @@ from t2i_course.ar.cm3leon import DRAW, READ, RECOLOUR, Layout, Recoloured, answ
 from t2i_course.core.conditioning import PAD
 from t2i_course.core.data import HELD_OUT, Draws
 from t2i_course.core.sources import load
+from uses import built
 
 
 @pytest.fixture(scope="module")
@@ -14,9 +15,9 @@ def made():
     data = load("painted")
     config = cm3leon.recipe_for(data, "smoke")
     torch.manual_seed(0)
-    tok, model = cm3leon.build(config)
+    tok, model = built(cm3leon, config)
     for p in model.model.parameters(): p.data += .1 * torch.randn_like(p)
-    model.memory.fill(model.codec.eval(), data, tok)
+    model.prepare(data, tok, config)
     return tok, model, data, config
 
 
@@ -71,7 +72,7 @@ def test_retrieval_finds_the_most_alike(made):
 def test_memory_holds_training_pictures_only(made):
     tok, model, data, config = made
     b = data.batch("train", Draws(777, torch.arange(20)))
-    assert torch.equal(model.memory.ids[:20], tok(b.captions).ids) and torch.equal(model.memory.codes[:20], model.codec.codes(b.x).flatten(1))
+    assert torch.equal(model.memory.ids[:20], tok(b.captions).ids) and torch.equal(model.memory.codes[:20], model.codec.encode(b.x).flatten(1))
 
 
 def test_recoloured_twins():
@@ -93,8 +94,8 @@ def test_lessons_are_what_they_say(made):
     old, model.tasks = model.tasks, (1., 1., 1.)
     context, goal, size = model.lesson(b.x, tok(b.captions), draws)
     model.tasks = old
-    lay, codes = model.model.layout, model.codec.codes(b.x).flatten(1)
-    twins = model.codec.codes(Recoloured().batch("train", draws).x).flatten(1)
+    lay, codes = model.model.layout, model.codec.encode(b.x).flatten(1)
+    twins = model.codec.encode(Recoloured().batch("train", draws).x).flatten(1)
     task = context[:, lay.start] - lay.first_task
     assert set(task.tolist()) == {DRAW, RECOLOUR, READ}
     source = context[:, lay.start + 1 + lay.n_text:]
@@ -112,7 +113,8 @@ def test_lessons_are_what_they_say(made):
 def test_no_recolouring_without_colours():
     data = load("digits")
     config = cm3leon.recipe_for(data, "smoke")
-    tok, model = cm3leon.build(config)
+    tok, model = built(cm3leon, config)
+    model.prepare(data, tok, config)
     draws = Draws(0, torch.arange(30))
     b = data.batch("train", draws)
     context, *_ = model.lesson(b.x, tok(b.captions), draws)

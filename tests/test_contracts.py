@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, strategies as st
 from torch import nn
 from t2i_course.core.conditioning import WordTokenizer
-from t2i_course.core.contracts import (Codec, Config, Defaults, Identity, Model, Process, Tokenizer, from_json, of_data,
+from t2i_course.core.contracts import (Codec, Config, Data, Defaults, Identity, Model, Process, Tokenizer, from_json, of_data,
                                        set_fields, to_json)
 from t2i_course.core.sources import load
+from t2i_course.core.data import Draws
 from t2i_course.core.files import CourseError
 from t2i_course.diffusion.ddpm import VP, linear_betas
 
@@ -88,7 +89,8 @@ def test_unknown_and_missing_fields_are_refused():
         from_json(Own, values | dict(sample_steps=50), "runs/a/config.json")
     with pytest.raises(CourseError, match="lacks lr, batch"):
         from_json(Own, {k: v for k, v in values.items() if k not in ("lr", "batch")}, "config.json")
-    with pytest.raises(CourseError, match="config.json: batch must be a whole number; got 'x'"): from_json(Own, values | dict(batch="x"), "config.json")
+    with pytest.raises(CourseError, match="config.json: batch must be a whole number; got 'x'"):
+        from_json(Own, values | dict(batch="x"), "config.json")
     with pytest.raises(CourseError, match="guidence"): Own(**NEEDED) | dict(guidence=2.)
 
 
@@ -129,3 +131,26 @@ def test_defaults_make_a_model_of_a_net_a_loss_a_painter_and_its_calls():
     assert model.artist is model.net[1] and Small().artist is not model.artist
     model.extra = {}
     with pytest.raises(CourseError, match="counts"): model.extra = dict(counts=torch.ones(1))
+
+
+def data_sets(folder):
+    from PIL import Image
+    from t2i_course.ar.cm3leon import Recoloured
+    from t2i_course.core.data import Wrapped
+    from t2i_course.diffusion.terminal_snr import Papers
+    from t2i_course.gan.adversarial import Stacked
+    from t2i_course.gan.stylegan2 import Large, Tinted
+    for i in range(3):
+        Image.new("RGB", (16, 16), (80 * i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"red number {i}")
+    own = [Stacked(), Tinted(), Large(), Recoloured(), Papers()]
+    return [*map(load, ("digits", "painted", "painted2", str(folder))), Wrapped(load("painted")), *own]
+
+
+def test_all_data_of_the_course_meet_their_type(tmp_path):
+    "Whatever `train` and the evaluation ask of a data set, all have"
+    for data in data_sets(tmp_path):
+        assert isinstance(data, Data), type(data)
+        batch = data.batch(data.splits[0], Draws(0, torch.arange(2)))
+        assert batch.x.shape == (2, *data.shape) and len(batch.captions) == 2 and batch.more == {} and data.group == 1
+        assert isinstance(data.demands(batch.captions[0]), dict) and isinstance(data.fingerprint, str)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from t2i_course.core.data import (HELD_OUT, INKS, LEANS, NUMBERS, PAPERS, WEIGHTS, Draws, dial, glyph_split,
+from t2i_course.core.data import (HELD_OUT, INKS, LEANS, NUMBERS, PAPERS, WEIGHTS, Draws, deal_inks, dial, glyph_split,
                                   glyphs, in_epochs, mix, results, scale, split_words)
 from t2i_course.core.files import CourseError
 from t2i_course.core.sources import DATA, load
@@ -185,6 +185,41 @@ def test_held_out_pairs_only_where_they_belong(name, pairs):
             if split == 'heldout': assert seen == set(HELD_OUT) and b.named[d].all() and b.named[i].all()
             elif split == 'judge': assert len(seen) == 60
             else: assert len(seen) == 52 and seen.isdisjoint(HELD_OUT)
+
+
+@pytest.mark.parametrize('name', ['painted', 'painted2'])
+@pytest.mark.parametrize('n', [40, 500])
+def test_partners_of_held_out_captions_name_the_same_in_seen_pairs(name, n):
+    "Multisets of every attribute agree, and each caption names what its partner names"
+    data, draws = load(name), Draws(20, indices(n))
+    held, seen = data.batch('heldout', draws), data.seen_matched(draws)
+    for k in data.attributes:
+        assert sorted(held.attrs[k].tolist()) == sorted(seen.attrs[k].tolist()) and torch.equal(held.named[k], seen.named[k])
+        if not k.startswith('ink'): assert torch.equal(held.attrs[k], seen.attrs[k])
+    wanted = [[data.demands(c) for c in b.captions] for b in (held, seen)]
+    assert [list(d) for d in wanted[0]] == [list(d) for d in wanted[1]]
+    for d, i in [('digit', 'ink')] if name == 'painted' else [('digit_left', 'ink_left'), ('digit_right', 'ink_right')]:
+        pairs = [{(NUMBERS[w[d]], tuple(INKS)[w[i]]) for w in ws} for ws in wanted]
+        assert pairs[0] <= set(HELD_OUT) and pairs[1].isdisjoint(HELD_OUT)
+        if n == 500: assert len(pairs[1]) > 35, 'of 40: each of the eight digits in each of its five seen inks'
+    assert torch.equal(data.seen_matched(draws).x, seen.x)
+    changed = (held.x-seen.x).abs().flatten(1).amax(1) > .1
+    assert changed.all(), 'another ink in every picture'
+
+
+def test_inks_that_cannot_be_dealt_out_are_refused():
+    purple = torch.tensor([list(INKS).index('purple')]*3)
+    with pytest.raises(CourseError, match='take more'):
+        deal_inks(torch.tensor([NUMBERS.index('two')]*3), purple, Draws(0, indices(3)))
+    both = torch.tensor([NUMBERS.index(d) for d in ('two', 'zero')]), torch.tensor([list(INKS).index(i) for i in ('purple', 'blue')])
+    assert deal_inks(*both, Draws(0, indices(2))).tolist() == both[1].flip(0).tolist()
+
+
+def test_still_digits_do_not_move():
+    data = load('digits')
+    a, b = (data.still().batch('train', Draws(s, indices(1438))) for s in (0, 1))
+    assert torch.allclose(a.x.flatten(1).sum(1).sort().values, b.x.flatten(1).sum(1).sort().values, atol=1e-3)
+    assert data.jitter == 1 and not torch.equal(a.x, data.batch('train', Draws(0, indices(1438))).x)
 
 
 def test_training_glyphs_stay_in_training():

@@ -18,7 +18,7 @@ from PIL import Image, features
 from t2i_course import cli
 from t2i_course.run.data import open_data
 from t2i_course.run.measure import eval_run
-from t2i_course.run.register import module
+from t2i_course.core.register import recipe as module_of
 from t2i_course.core.training import feed
 from t2i_course.run.settings import settings as settings_of
 from t2i_course.run.train import train_run
@@ -571,7 +571,7 @@ def test_large_pictures_go_without_the_closed_form(tmp_path, recipe, capsys):
     assert config(64)['skip'] and 'too large' not in capsys.readouterr().err
     large = config(96)
     assert not large['skip'] and 'pictures of 96 x 96 are too large for the closed-form head start' in capsys.readouterr().err
-    tok, den = module(recipe).build(large)
+    tok, den = module_of(recipe).build(large)
     draws = Draws(0, torch.arange(2))
     x, cond = feed(load(mine, 96), tok)(draws)
     loss = den.loss(x, cond, draws)
@@ -597,10 +597,11 @@ def test_a_fingerprint_knows_the_pictures(tmp_path):
 
 
 def test_every_data_set_has_a_fingerprint(tmp_path):
-    from t2i_course.scale.recipes import Shards, prepare
+    from t2i_course.core.prepare import prepare
+    from t2i_course.core.shards import Shards
     prints = {name: load(name).fingerprint for name in ('digits', 'painted', 'painted2')}
     assert len(set(prints.values())) == 3 and all(name in f for name, f in prints.items())
-    for name, seed in (('s', 0), ('same', 0), ('other', 1)): prepare('digits', tmp_path/name, 20, shard_size=10, seed=seed)
+    for name, seed in (('s', 0), ('same', 0), ('other', 1)): prepare(load('digits'), tmp_path/name, 20, shard_size=10, seed=seed)
     s, same, other = (Shards(tmp_path/name).fingerprint for name in ('s', 'same', 'other'))
     (tmp_path/'s').rename(tmp_path/'moved')
     assert s == same == Shards(tmp_path/'moved').fingerprint != other and s not in prints.values()

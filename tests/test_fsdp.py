@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from t2i_course import cli
-from t2i_course.run.model import Model
+from t2i_course.core.runs import open_run
 from t2i_course.run.train import train_run
 from t2i_course.core.files import CourseError, load_tensors
 from t2i_course.core.training import ALONE
@@ -187,7 +187,7 @@ def test_a_process_that_dies_stops_the_others_and_the_run_goes_on(undisturbed, f
     assert p.returncode == 0 and "going on at" in err, err[-2000:]
     again, _ = load_tensors(out / "model.safetensors")
     for k, v in undisturbed.items(): assert torch.equal(v, again[k])
-    assert Model(out).draw(["a handwritten seven"]).shape == (1, 1, 16, 16)
+    assert open_run(out).draw(["a handwritten seven"]).shape == (1, 1, 16, 16)
     # and one process finishes what two began
     train_run("ddpm", resume=True, out=folder / "handed on", quiet=True)
     again, _ = load_tensors(folder / "handed on" / "model.safetensors")

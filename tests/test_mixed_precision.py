@@ -11,7 +11,8 @@ from t2i_course.core.sources import load
 from t2i_course.core.training import State, train
 from t2i_course.scale.mixed_precision import (FORMATS, OPS, DynamicScale, Masters, Rounded, SmallTransformer, bits, diverged, fresh,
                                               go_on, limits, lost_updates, matmul_error, op_dtypes, precision_table, recipe_here,
-                                              round_to, rounded, simulated, snap, underflow, unseen_loss, warmups)
+                                              round_to, rounded, simulated, snap, underflow, warmups)
+from t2i_course.transformer.dit import unseen_loss
 from torch import nn
 
 OWN = {name: f for name, f in FORMATS.items() if f.dtype is not None}

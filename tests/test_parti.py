@@ -11,6 +11,7 @@ from t2i_course.core.conditioning import WordTokenizer
 from t2i_course.core.data import Draws
 from t2i_course.core.sources import load
 from t2i_course.sweeps.ar import parti as sweep
+from uses import built
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def made():
     data = load("painted")
     config = parti.recipe_for(data, "smoke")
     torch.manual_seed(0)
-    tok, model = parti.build(config)
+    tok, model = built(parti, config)
     for p in model.prior.parameters(): p.data += .1 * torch.randn_like(p)
     return tok, model, config, data
 
@@ -29,7 +30,7 @@ def test_attention_equals_the_library(words):
     torch.manual_seed(1)
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 8)
     mask = torch.arange(7) < torch.tensor(words)[:, None]
-    heard, weights = parti.attend(q, k, v, mask)
+    heard, weights = parti.attend(q, k, v, mask[:, None, None])
     assert torch.allclose(heard, F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None]), atol=1e-6)
     assert torch.allclose(weights.sum(-1), torch.ones(2, 4, 5)) and (weights.masked_select(~mask[:, None, None]) == 0).all()
 
@@ -73,7 +74,7 @@ def test_looks_are_the_weights_that_are_used(made):
     net, cond = model.prior.net, tok(["a red seven", "a bold blue two on pink"])
     codes = torch.randint(net.n_codes, (2, net.n_image))
     looks = net.looks(cond, codes)
-    assert looks.shape == (len(net.blocks), 2, config["n_heads"], net.n_image, config["max_len"])
+    assert looks.shape == (len(net.blocks), 2, config.n_heads, net.n_image, config.max_len)
     x, words, block = net.embed(codes[:, :-1]), net.read(cond), net.blocks[0]
     q, k, v = (block.heads(u) for u in block.qkv(block.norm1(x)).chunk(3, -1))
     x = x + block.out(F.scaled_dot_product_attention(q, k, v, attn_mask=net.past).transpose(1, 2).flatten(2))
@@ -100,14 +101,14 @@ def test_codes_are_read_from_a_table_and_learned():
     data = load("digits")
     config = parti.recipe_for(data, "smoke")
     torch.manual_seed(0)
-    tok, model = parti.build(config)
+    tok = WordTokenizer(config.words, config.max_len)
     codec = VQVAE(1, (16, 16), 16, 8, 1).eval()
     feed = parti.coded(codec, data, tok, 64)
     codes, cond = feed(Draws(0, torch.arange(60, 70)))
     b = data.batch("train", Draws(0, torch.arange(64)))
-    assert torch.equal(codes[:4], codec.codes(b.x)[60:64]) and torch.equal(codes[4:], codec.codes(b.x)[:6])
+    assert torch.equal(codes[:4], codec.encode(b.x)[60:64]) and torch.equal(codes[4:], codec.encode(b.x)[:6])
     assert torch.equal(cond.ids[0], tok(b.captions[60:61]).ids[0])
-    prior = parti.CodePrior(parti.EncoderDecoder(len(tok), config["max_len"], 16, codec.grid(data.shape), 32, 1, 1, 2), tok.null())
+    prior = parti.CodePrior(parti.EncoderDecoder(len(tok), config.max_len, 16, codec.grid(data.shape), 32, 1, 1, 2), tok.null())
     before = parti.held_out_nll(prior, feed, 64)
     sweep.fit_prior(prior, feed, config, 2000)
     after = parti.held_out_nll(prior, feed, 64)

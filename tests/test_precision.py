@@ -5,7 +5,7 @@ import pytest
 import torch
 from t2i_course.cli import main
 from t2i_course.run.doctor import doctor
-from t2i_course.run.model import Model
+from t2i_course.core.runs import open_run
 from t2i_course.run.settings import settings
 from t2i_course.run.stamp import stamp
 from t2i_course.run.train import train_run
@@ -15,8 +15,8 @@ from t2i_course.scale import mixed_precision as mp
 
 def played(monkeypatch, units):
     "A processor with or without bfloat16 units."
-    places = [f"t2i_course.run.{name}" for name in ("settings", "stamp", "doctor")]
-    for place in [*places, "t2i_course.scale.mixed_precision"]: monkeypatch.setattr(f"{place}.has_bf16", lambda device="cpu": units)
+    places = [f"t2i_course.{name}" for name in ("run.settings", "run.stamp", "run.doctor", "run.fit", "core.runs")]
+    for place in [*places, "t2i_course.scale.mixed_precision"]: monkeypatch.setattr(f"{place}.has_bf16", lambda device="cpu": units, raising=False)
     for place in places: monkeypatch.setattr(f"{place}.pick_device", lambda: "cpu")
 
 
@@ -47,9 +47,9 @@ def test_emulation_is_announced(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("units", [True, False])
 def test_a_bf16_run_is_drawn_in_float32_where_there_are_no_units(monkeypatch, run, units):
-    model, seen = Model(run), []
+    model, seen = open_run(run), []
     played(monkeypatch, units)
-    model.den.net.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    model.model.net.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
     model.draw(["one"], steps=1)
     assert seen and set(seen) == {units}
 

@@ -11,17 +11,19 @@ import processes
 import pytest
 import torch
 import torch.distributed as dist
-from t2i_course.run.register import RECIPES
-from t2i_course.run.settings import settings
+from t2i_course.core.register import recipe as module_of, recipes
+from t2i_course.run.settings import needs, settings
+from t2i_course.run.train import train_run
 from t2i_course.core.data import Draws
 from t2i_course.core.files import CourseError
 from t2i_course.core.ema import EMA
 from t2i_course.core.training import everyone
 from t2i_course.scale import fsdp
-from t2i_course.scale.recipes import prepare
+from t2i_course.core.prepare import prepare
+from t2i_course.core.sources import load
 
 HOWS = ("ddp", "fsdp")
-SHARED = ("vqvae", "vqvae2", "dvae", "ddpm", "dit", "flow_matching") # the recipes with one loss
+SHARED = ("vqvae", "vqvae2", "dvae", "ddpm", "dit", "flow_matching", "pixelcnn", "dalle", "parti", "cm3leon") # the recipes with one loss
 # Sums are rounded in another order on two processes, and Adam divides a gradient by its own size: where it is nearly 0 its rounding
 # decides. Measured after five steps with rates up to .004: largest difference 2e-6, root mean square 1e-8. Copies that
 # drift apart are .005 and more from each other.
@@ -32,18 +34,29 @@ LARGEST, RMS = 1e-4, 1e-6
 def folder(tmp_path_factory): return tmp_path_factory.mktemp("processes")
 
 
+def standing(recipe, folder):
+    "Role -> the finished run that a recipe stands on, trained once and by one process"
+    found = {}
+    for need in needs(settings(recipe, "digits", "smoke", None, 1, 0, "fp32")):
+        found[need.role] = str(folder / f"{recipe}-{need.role}")
+        if (Path(found[need.role]) / "train.json").exists(): continue
+        train_run(need.recipe, "digits", scale="smoke", images=64, out=found[need.role], changes=need.changes, precision="fp32", quiet=True)
+    return found
+
+
 @pytest.fixture(scope="module")
 def two(folder):
     "(recipe, how, what) -> what each of two processes has left; all of it in one launch"
-    def one(recipe, how, name, **more): return dict(recipe=recipe, out=str(folder / f"{how}-{recipe}{name}"), shard=how, **more)
+    def one(recipe, how, name, **more):
+        return dict(recipe=recipe, out=str(folder / f"{how}-{recipe}{name}"), shard=how, use=standing(recipe, folder), **more)
     todo = {}
-    for recipe, how in product(RECIPES, HOWS):
+    for recipe, how in product(recipes(), HOWS):
         todo[recipe, how, "end"] = one(recipe, how, "")
         if recipe not in SHARED: continue
         todo[recipe, how, "stopped"] = one(recipe, how, "-cut", stop=3)
         todo[recipe, how, "resumed"] = one(recipe, how, "-cut", resume=True)
         if how == "fsdp": todo[recipe, how, "bf16"] = one(recipe, how, "-bf16", precision="bf16")
-    prepare("digits", folder / "shards", 100, shard_size=32)
+    prepare(load("digits"), folder / "shards", 100, shard_size=32)
     todo["ddpm", "ddp", "shards"] = one("ddpm", "ddp", "-shards", data=str(folder / "shards"))
     (folder / "trials.json").write_text(json.dumps(list(todo.values())))
     env = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
@@ -59,7 +72,7 @@ def two(folder):
 def alone(folder):
     made, threads = {}, torch.get_num_threads()
     def get(recipe):
-        if recipe not in made: made[recipe] = processes.trial(recipe, folder / f"alone-{recipe}")
+        if recipe not in made: made[recipe] = processes.trial(recipe, folder / f"alone-{recipe}", use=standing(recipe, folder))
         return made[recipe]
     torch.set_num_threads(1)
     yield get
@@ -74,7 +87,7 @@ def apart(a, b):
 
 
 @pytest.mark.parametrize("how", HOWS)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", recipes())
 def test_the_same_run_or_a_sentence(recipe, how, two, alone):
     first, second = two[recipe, how, "end"]
     assert "crashed" not in first, first["crashed"]
@@ -128,7 +141,7 @@ def group():
 @pytest.mark.parametrize("recipe", ["ddpm", "dit", "flow_matching"])
 def test_times_reach_the_network_as_they_are(recipe, group, monkeypatch):
     "A thousand times between .5 and 1 would be 129 in bfloat16; they become sines before anything is rounded."
-    module = import_module(RECIPES[recipe])
+    module = module_of(recipe)
     config = settings(recipe, "digits", "smoke", None, 64, 0, "bf16")
     tok, den = module.build(config)
     fsdp.parallelize(den.net, "fsdp", "bf16")
@@ -143,7 +156,7 @@ def test_times_reach_the_network_as_they_are(recipe, group, monkeypatch):
 
 
 def test_blocks_compute_in_few_bits(group):
-    tok, den = import_module(RECIPES["dit"]).build(settings("dit", "digits", "smoke", None, 64, 0, "bf16"))
+    tok, den = module_of("dit").build(settings("dit", "digits", "smoke", None, 64, 0, "bf16"))
     fsdp.parallelize(den.net, "fsdp", "bf16")
     assert all(p.dtype == torch.float32 for p in den.net.parameters()) # the shards
     seen, block = [], den.net.net.blocks[0]

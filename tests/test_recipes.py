@@ -1,26 +1,25 @@
 """Contracts of every recipe: it trains, stops, resumes to the same bytes, draws from captions, is measured, says what it has no use for."""
 import json
 import random
-from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
 from t2i_course import cli
 from t2i_course.run.measure import eval_run
-from t2i_course.run.model import Model
-from t2i_course.run.register import RECIPES
+from t2i_course.core.runs import open_run
+from t2i_course.core.register import recipe as module_of, recipes
 from t2i_course.run.sample import sample_run
 from t2i_course.run.settings import settings
 from t2i_course.core import runs as core_runs
-from t2i_course.core.ema import state_for
-from t2i_course.run.train import head_start, train_run
+from t2i_course.run.train import train_run
 from t2i_course.core.data import Draws
 from t2i_course.core.sources import load
 from t2i_course.core.files import load_tensors
 from t2i_course.core.guards import Stopped
+from uses import built
 
-every_recipe = pytest.mark.parametrize("recipe", RECIPES)
+every_recipe = pytest.mark.parametrize("recipe", recipes())
 IMAGES = 256
 PROMPTS = ["a handwritten seven", "a handwritten two", ""]
 
@@ -44,7 +43,7 @@ def tensors(run): return load_tensors(run / "model.safetensors")[0]
 
 @every_recipe
 def test_module_says_what_it_is(recipe):
-    module = import_module(RECIPES[recipe])
+    module = module_of(recipe)
     assert module.__doc__.strip() and hasattr(module, "build")
     config = settings(recipe, "painted2", "smoke", None, 64, 0, "fp32")
     assert config["recipe"] == recipe and config["shape"] == [3, 32, 32]
@@ -57,8 +56,8 @@ def test_losses_are_one_a_sample_on_both_rungs(recipe, data):
     "Every turn gives finite losses, one a sample, that depend on the weights of its part."
     config, ds = settings(recipe, data, "smoke", None, 64, 0, "fp32"), load(data)
     torch.manual_seed(0)
-    tok, model = import_module(RECIPES[recipe]).build(config)
-    if getattr(model, "skip", None) is not None: head_start(state_for(model, config), ds, tok, model, config, None)
+    tok, model = built(module_of(recipe), config)
+    model.prepare(ds, tok, config)
     batch, draws = ds.batch("train", Draws(0, torch.arange(8))), Draws(0, torch.arange(8))
     turns = [("", model.loss)] if callable(model.loss) else [(t.part, t.loss) for t in model.loss]
     model.net.train()
@@ -81,7 +80,7 @@ def test_interrupted_and_resumed_is_the_same_run(recipe, runs, tmp_path, monkeyp
             if left and i == left[0] + 1:
                 left.pop(0)
                 raise Stopped("enough")
-    monkeypatch.setattr("t2i_course.run.train.follow", follow)
+    monkeypatch.setattr("t2i_course.run.fit.follow", follow)
     for resume in (False, True):
         with pytest.raises(Stopped): train(recipe, out, resume=resume)
     train(recipe, out, resume=True)
@@ -103,12 +102,12 @@ def test_draws_what_it_is_asked_for(recipe, runs, capsys):
 
 @every_recipe
 def test_says_which_options_it_has_no_use_for(recipe, runs, capsys):
-    model = Model(runs(recipe))
+    model = open_run(runs(recipe))
     given = dict(steps=2, guidance=1.5, temperature=.8, truncation=.7, candidates=2)
     model.draw(PROMPTS[:1], 0, **given)
     said = capsys.readouterr().err
-    for option in given: assert (f"--{option}" in said) == (option not in model.den.options), option
-    assert model.den.calls(model.config) >= 1
+    for option in given: assert (f"--{option}" in said) == (option not in model.model.options), option
+    assert model.model.calls(model.config) >= 1
 
 
 @every_recipe
@@ -136,15 +135,15 @@ def test_leaves_the_process_as_it_was(recipe, runs, tmp_path):
     assert state_of_the_process() == before, "measuring"
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if "guidance" in settings(name, "digits", "smoke", None, 64, 0, "fp32")])
+@pytest.mark.parametrize("recipe", [name for name in recipes() if "guidance" in settings(name, "digits", "smoke", None, 64, 0, "fp32")])
 def test_guidance_0_is_the_empty_caption(recipe, runs):
     "In the painter itself, and to the byte by the command; guidance 1 is not"
-    model = Model(runs(recipe))
-    assert "guidance" in model.den.options
+    model = open_run(runs(recipe))
+    assert "guidance" in model.model.options
     with torch.no_grad():
-        for weight in model.den.net.parameters(): weight.add_(.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+        for weight in model.model.net.parameters(): weight.add_(.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
     captions = ["a handwritten seven", "a handwritten two"] * 4
-    draw = lambda captions, w: model.den.painter(model.tok, model.config | dict(guidance=w))(captions, 3)
+    draw = lambda captions, w: model.model.painter(model.tok, model.config | dict(guidance=w))(captions, 3)
     nothing, empty, one = draw(captions, 0.), draw([""] * 8, model.config["guidance"]), draw(captions, 1.)
     assert (nothing - empty).abs().max() < 1e-4 < (one - empty).abs().max()
     assert torch.equal(model.draw(captions, 3, guidance=0), model.draw([""] * 8, 3))
@@ -153,4 +152,4 @@ def test_guidance_0_is_the_empty_caption(recipe, runs):
 def test_list_of_recipes_has_one_line_each(capsys):
     assert cli.main(["train", "--list"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in out] == list(RECIPES) and all(len(line.split()) > 4 for line in out)
+    assert [line.split()[0] for line in out] == list(recipes()) and all(len(line.split()) > 4 for line in out)

@@ -4,17 +4,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from t2i_course import cli
 from t2i_course.core.files import make_folder, say, CourseError
 from t2i_course.run.demo import claim_demo_folder, demo
 from t2i_course.run.measure import eval_run
-from t2i_course.run.sample import typed
+from t2i_course.run.sample import options_of_all, typed
 from t2i_course.run.settings import settings
 from t2i_course.run.sheets import SHEET, write_sheet
 from t2i_course.run.stamp import versions
 from t2i_course.run.train import train_run
-from t2i_course.core import files, guards, runs
+from t2i_course.core import files, guards, runfiles, runs
 from t2i_course.core.data import scale
 from t2i_course.core.sources import load
 from tree import modules
@@ -162,11 +163,10 @@ def test_only_a_full_disk_is_called_full(tmp_path, e, full, capsys, monkeypatch)
         assert ('space' in said)==full and e.strerror in said
 
 def test_shards_and_latents_tell_the_cause_too(tmp_path, monkeypatch):
-    from t2i_course.codec.vae import _put
-    from t2i_course.scale.recipes import _write_whole
+    from t2i_course.core.prepare import put
     for e,full in CAUSES[:4]:
         def replace(*args, e=e): raise e
-        for write in (_put, _write_whole):
+        for write in (put, lambda path, raw: files.write_whole(path, lambda p: p.write_bytes(raw))):
             with monkeypatch.context() as m:
                 m.setattr(os, 'replace', replace)
                 with pytest.raises(CourseError) as told: write(tmp_path/'a', b'')
@@ -251,7 +251,7 @@ def stopped_after(steps, monkeypatch):
             yield r
             if r.step>steps: raise guards.Stopped('enough')
     with monkeypatch.context() as m:
-        m.setattr('t2i_course.run.train.follow', follow)
+        m.setattr('t2i_course.run.fit.follow', follow)
         yield
 
 def test_a_folder_that_moved_can_be_named_anew(tmp_path, capsys, monkeypatch):
@@ -266,7 +266,7 @@ def test_a_folder_that_moved_can_be_named_anew(tmp_path, capsys, monkeypatch):
     other = pictures(tmp_path/'other', words='something else')
     assert 'other pictures' in refused(capsys, 'train', '--resume', '--out', out, '--data', other)
     assert t2i('train', '--resume', '--out', out, '--data', moved, '--quiet')==0
-    assert json.loads((out/'config.json').read_text(encoding='utf-8'))['data']==str(moved)
+    assert json.loads((out/'config.json').read_text(encoding='utf-8'))['data']=='../deutsch'
     assert (out/'model.safetensors').read_bytes()==(whole/'model.safetensors').read_bytes()
     assert t2i('eval', whole, '--n', 8, '--data', moved)==0
     assert t2i('sample', whole, '--prompt', 'rote', '--steps', 2, '--out', tmp_path/'a.npz')==0
@@ -296,24 +296,30 @@ def test_runs_that_use_each_other_move_together(tmp_path, capsys):
     assert draw(b/'run', 'after')==0
     assert np.array_equal(*(np.load(tmp_path/f'{n}.npz')['images'] for n in ('before','after')))
     away = (b/'codec').rename(tmp_path/'away') # the codec alone: named anew
-    assert '--codec' in refused(capsys, 'sample', b/'run', '--prompt', 'x', '--out', tmp_path/'c.npz')
+    assert '--use codec=RUN' in refused(capsys, 'sample', b/'run', '--prompt', 'x', '--out', tmp_path/'c.npz')
     assert t2i('train', '--resume', '--out', b/'run', '--data', b/'z', '--codec', away)==0
     assert draw(b/'run', 'again')==0
     config = json.loads((b/'run'/'config.json').read_text(encoding='utf-8'))
-    assert config['codec']=='../../away' and config['data']==str(b/'z')
+    assert config['uses']['codec']['run']=='../../away' and config['data']=='../z'
     assert t2i('train', 'vae', '--data', 'digits', '--images', 64, '--seed', 1, '--out', b/'codec', *small)==0
     assert 'resume without --codec' in refused(capsys, 'train', '--resume', '--out', b/'run', '--codec', b/'codec')
     shutil.rmtree(away); shutil.copytree(b/'codec', away) # another one in its place
     assert 'another codec' in refused(capsys, 'sample', b/'run', '--prompt', 'x', '--out', tmp_path/'c.npz')
 
-def test_paths_and_hashes_of_earlier_versions_still_work(copy, tmp_path):
-    assert runs.codec_place(copy, dict(codec=str(tmp_path/'c')))==tmp_path/'c' and runs.codec_place(copy, {}) is None
-    config = dict(recipe='ddpm', data='/where/it/was', codec='../c', lr=1.)
-    whole = runs.hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
-    assert runs.belongs(dict(config=whole), config) and not runs.belongs(dict(config=whole), config|dict(data='/elsewhere'))
-    same = runs.config_hash(config|dict(data='/elsewhere', codec='/c'))
-    assert runs.belongs(dict(config=same), config)
-    for other in (dict(data='digits'), dict(lr=2.)): assert not runs.belongs(dict(config=same), config|other)
+def test_the_place_of_a_folder_does_not_matter_to_the_hash(tmp_path):
+    config = settings('ddpm', 'digits', 'smoke', None, 64, 0, 'fp32')
+    used = dict(codec=dict(run='../c', model='abc'))
+    config = config|dict(data='../pictures', uses=used)
+    same = dict(config=runfiles.config_hash(config))
+    assert runfiles.belongs(same, config|dict(data='/elsewhere', uses=dict(codec=dict(run='/c', model='abc'))))
+    for other in (dict(data='digits'), dict(lr=2.), dict(uses=dict(codec=dict(run='../c', model='abd'))), dict(uses={})):
+        assert not runfiles.belongs(same, config|other), other
+
+def test_ways_between_folders(tmp_path):
+    run = tmp_path/'runs'/'a'
+    for folder, way in ((tmp_path/'pictures', '../../pictures'), (run/'inside', './inside'), (tmp_path/'runs'/'b', '../b')):
+        assert runfiles.seen_from(run, folder)==way and runfiles.place_of(run, way)==folder.resolve()
+    assert runfiles.place_of(run, '/on/another/drive')==Path('/on/another/drive')
 
 # ---- one writer ----
 def test_a_second_writer_is_refused(copy, capsys):
@@ -406,16 +412,16 @@ def test_the_demo_replaces_only_a_demo(copy, tmp_path, capsys):
 
 def test_a_demo_replaces_a_demo(copy, tmp_path, monkeypatch):
     config = json.loads((copy/'config.json').read_text(encoding='utf-8'))
-    (copy/'config.json').write_text(json.dumps(config|dict(demo=True)), encoding='utf-8')
+    (copy/'config.json').write_text(json.dumps(config|dict(demo=True)), encoding='utf-8') # the mark of earlier versions
     (copy/'notes.txt').write_text('mine', encoding='utf-8')
-    with claim_demo_folder(copy): assert set(contents(copy))=={'notes.txt','.lock'}
+    with claim_demo_folder(copy): assert set(contents(copy))=={'notes.txt','.lock','.demo'}
     with claim_demo_folder(tmp_path/'new'): assert (tmp_path/'new').is_dir()
     monkeypatch.chdir(tmp_path)
     old = Path('runs/demo') # made before demos had a mark
     old.mkdir(parents=True)
-    needed = dict.fromkeys(runs.NEEDED)|dict(recipe='flow_matching', data='painted')
+    needed = dict(recipe='flow_matching', data='painted')
     (old/'config.json').write_text(json.dumps(needed), encoding='utf-8')
-    with claim_demo_folder(old): assert set(contents(old))=={'.lock'}
+    with claim_demo_folder(old): assert set(contents(old))=={'.lock','.demo'}
 
 def test_the_demo_leaves_its_mark(tmp_path, monkeypatch):
     monkeypatch.setenv('T2I_SCALE', 'smoke')
@@ -424,14 +430,14 @@ def test_the_demo_leaves_its_mark(tmp_path, monkeypatch):
         given.update(kwargs)
         raise guards.Stopped('enough')
     monkeypatch.setattr('t2i_course.run.demo.train_run', train_run)
-    assert t2i('demo', '--out', tmp_path/'d')==130 and given['changes']['demo'] is True
+    assert t2i('demo', '--out', tmp_path/'d')==130 and given and (tmp_path/'d'/'.demo').exists()
 
 def test_kept_rows_match_or_are_made_anew(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path); monkeypatch.setenv('T2I_SCALE', 'smoke')
     made = []
     def train_run(recipe, data, seconds, seed, out, resume):
         made.append(resume)
-        files.write_json(make_folder(out)/'config.json', settings(recipe, data, scale(), seconds, None, seed, 'auto'))
+        runfiles.write_config(make_folder(out), settings(recipe, data, scale(), seconds, None, seed, 'auto'))
     def eval_run(out, n):
         row = dict(obedience=dict(all=.5), fd=1., fd_floor=1., recall=.5, n=n, versions=versions())
         files.write_json(out/'metrics.json', row)
@@ -515,7 +521,7 @@ def test_captions_from_a_pipe(run, tmp_path, how, monkeypatch):
 def test_a_sheet_has_a_limit(run, tmp_path, capsys, monkeypatch):
     many = tmp_path/'c.txt'
     many.write_text('a two\n'*(SHEET+1), encoding='utf-8')
-    monkeypatch.setattr('t2i_course.run.sample.Model', None) # nothing is drawn, nothing even loaded
+    monkeypatch.setattr('t2i_course.run.sample.open_run', None) # nothing is drawn, nothing even loaded
     for how in (('--captions', many), ('--prompt', 'a two', '--per-caption', 3000)):
         said = refused(capsys, 'sample', run, *how, '--out', tmp_path/'a.png')
         assert '.npz' in said and str(SHEET) in said and not (tmp_path/'a.png').exists()
@@ -534,10 +540,10 @@ def options_named(path):
             yield from re.findall(r'(?<![\w-])--[a-z][\w-]*', node.value)
 
 def test_every_option_that_a_message_names_exists():
-    subs = next(a for a in cli.parser()._actions if getattr(a, 'choices', None))
-    exist = {o for p in subs.choices.values() for a in p._actions for o in a.option_strings}
+    commands = typer.main.get_command(cli.app).commands
+    exist = {o for c in commands.values() for p in c.params for o in p.opts}|{f"--{k.replace('_', '-')}" for k in options_of_all()}
     found = {o:p.name for p in modules() if p.name!='cli.py' for o in options_named(p)}
-    assert '--peers' in found and not set(found)-exist-set().union(*OTHERS.values())
+    assert '--peers' in found and not set(found)-exist-set().union(*OTHERS.values())-{'--help'}
     named = set(options_named(Path(cli.__file__)))
     assert '--resume' in named and not named-exist-set().union(*OTHERS.values())-{'--help'}
 

@@ -3,27 +3,29 @@ import pytest
 import torch
 from t2i_course.run.data import open_data
 from t2i_course.run.measure import eval_run
-from t2i_course.run.model import Model
-from t2i_course.run.register import RECIPES
+from t2i_course.core.runs import open_run
+from t2i_course.core.register import recipes
 from t2i_course.run.sample import sample_run
 from t2i_course.run.settings import settings
 from t2i_course.run.train import train_run
 from t2i_course.core.data import Draws
+from uses import built
 from t2i_course.core.files import CourseError
 from t2i_course.core.sources import load, origin
 from t2i_course.core.metrics import SEED
-from t2i_course.scale.recipes import Shards, prepare
+from t2i_course.core.prepare import prepare
+from t2i_course.core.shards import Shards
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     where = tmp_path_factory.mktemp("shards")
-    prepare("digits", where / "digits", 96, shard_size=40)
-    prepare("painted", where / "painted", 96, shard_size=40, seed=7)
+    prepare(load("digits"), where / "digits", 96, shard_size=40)
+    prepare(load("painted"), where / "painted", 96, shard_size=40, seed=7)
     return where
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", recipes())
 def test_trains_on_shards_draws_and_is_measured(recipe, folder, tmp_path):
     run = train_run(recipe, str(folder / "digits"), scale="smoke", images=96, out=tmp_path / "run", precision="fp32", quiet=True)
     x, texts = sample_run(run, ["a handwritten seven", "a handwritten two"])
@@ -38,7 +40,7 @@ def test_painted_shards_too(recipe, folder, tmp_path):
     "A codec repeats unseen pictures that the caption demands; CM3Leon needs the recoloured twins of its pictures."
     run = train_run(recipe, str(folder / "painted"), scale="smoke", images=96, out=tmp_path / "run", precision="fp32", quiet=True)
     assert eval_run(run, n=16, quiet=True)["heldout"]["n"] == 8
-    real = Model(run).den
+    real = open_run(run).model
     if recipe != "cm3leon": return
     assert real.repaint is not None and set(real.memory.codes.flatten().tolist()) != {0}
 
@@ -57,7 +59,7 @@ def test_cm3leon_repaints_the_pictures_of_the_shards(folder, monkeypatch):
     "The source in the context and its answer are the same painted digit."
     from t2i_course.ar import cm3leon
     config = settings("cm3leon", str(folder / "painted"), "smoke", None, 64, 0, "fp32") | dict(tasks=[0., 1., 0.])
-    tok, model = cm3leon.build(config)
+    tok, model = built(cm3leon, config)
     asked = []
     real = cm3leon.Recoloured.batch
     monkeypatch.setattr(cm3leon.Recoloured, "batch", lambda self, split, draws: asked.append(draws) or real(self, split, draws))
@@ -73,7 +75,7 @@ def test_one_door(folder):
     for data in (load(path), open_data(path)):
         assert isinstance(data, Shards) and len(data) == 96 and origin(data).name == "digits"
     assert origin(load("digits")).name == "digits"
-    shards, digits, draws = Shards(path), load("digits"), Draws(SEED, torch.arange(12))
+    shards, digits, draws = load(path), load("digits"), Draws(SEED, torch.arange(12))
     whole = shards.whole()
     assert torch.equal(whole.batch("train", draws).x, shards.batch("train", draws).x)
     assert torch.equal(whole.batch("test", draws).x, digits.batch("test", draws).x) and whole.labels is not None
@@ -86,8 +88,8 @@ def test_shards_whose_origin_is_gone(tmp_path):
     for i in range(12):
         Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(source / f"{i}.png")
         (source / f"{i}.txt").write_text(f"red number {i}")
-    prepare(str(source), tmp_path / "shards", 8, shard_size=4)
-    run = train_run("gan", str(tmp_path / "shards"), scale="smoke", images=32, out=tmp_path / "run", precision="fp32", quiet=True)
+    prepare(load(str(source)), tmp_path / "shards", 8, shard_size=4)
+    run = train_run("adversarial", str(tmp_path / "shards"), scale="smoke", images=32, out=tmp_path / "run", precision="fp32", quiet=True)
     source.rename(tmp_path / "elsewhere")
     assert sample_run(run, ["red number 3"])[0].shape == (1, 32, 32, 3)
     with pytest.raises(CourseError, match="was prepared from .*mine"): eval_run(run, n=8)
@@ -97,9 +99,9 @@ def test_latents_are_for_recipes_that_draw(folder, tmp_path):
     "A codec of latents is no codec: it says so."
     small = dict(scale="smoke", images=32, precision="fp32", quiet=True)
     codec = train_run("vae", "digits", out=tmp_path / "codec", **small)
-    prepare("digits", tmp_path / "z", 32, Model(codec).den.codec, shard_size=16)
+    prepare(load("digits"), tmp_path / "z", 32, open_run(codec).model.codec, shard_size=16)
     for recipe in ("vae", "vqvae", "vqvae2", "dvae", "cm3leon"):
         with pytest.raises(CourseError, match="learns from pictures and the shards in .* hold latents"):
-            train_run(recipe, str(tmp_path / "z"), codec=str(codec), out=tmp_path / recipe, **small)
+            train_run(recipe, str(tmp_path / "z"), use=dict(codec=str(codec)), out=tmp_path / recipe, **small)
         assert not (tmp_path / recipe).exists()
     with pytest.raises(CourseError, match="by a codec"): load(str(tmp_path / "z"))

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 import drawings
 from t2i_course.run.data import expectation
-from t2i_course.run.measure import row_text
-from t2i_course.run.model import Model
+from t2i_course.run.text import row_text
+from t2i_course.core.runs import open_run
 from t2i_course.run.train import train_run
 from t2i_course.core.data import Draws
 from t2i_course.core.sources import load
@@ -187,9 +187,9 @@ def test_tables_are_enough_to_go_on(data, closed, tmp_path):
     b = data.batch("train", Draws(0, torch.arange(100)))
     given.fit(b.x, tok(b.captions).ids)
     assert {k: v.shape for k, v in saved.items()} == {f"skip.{k}": v.shape for k, v in given.tables.items()}
-    model = Model(out)
+    model = open_run(out)
     x, captions = drawings.unseen(data)
-    for a, b in zip(guessed(model.den, model.tok, x[:50], captions[:50], .5), guessed(den, tok, x[:50], captions[:50], .5)):
+    for a, b in zip(guessed(model.model, model.tok, x[:50], captions[:50], .5), guessed(den, tok, x[:50], captions[:50], .5)):
         assert torch.allclose(a, b, rtol=1e-4)
 
 
@@ -219,12 +219,13 @@ def test_any_data_have_a_distance_with_floor_and_n(data):
     n = len(data.texts["test"])
     def right(captions, seed): return data.batch("test", Draws(20, torch.arange(len(captions)))).x
     row = evaluate(right, data, n=1000)
+    assert row["n_asked"] == 1000 and row["n_note"] == f"{data.name} has {n} test pictures: {n} are used, not 1,000"
     assert row["n"] == n and row["n_reference"] == len(data.texts["train"]) and row["features"] == RandomFeatures.name
     assert row["fd"] == pytest.approx(row["fd_test"])
-    assert abs(row["fd"] - row["fd_floor"]) < 5 * row["fd_floor_spread"], "real pictures lie at the floor"
+    assert abs(row["fd"] - row["fd_floor"]) < 5 * row["fd_floor_std"], "real pictures lie at the floor"
     soft = lambda captions, seed: torch.nn.functional.avg_pool2d(right(captions, seed), 3, 1, 1)
     for worse in (soft, memory(data)):
-        assert evaluate(worse, data, n=1000)["fd"] > row["fd_floor"] + 5 * row["fd_floor_spread"]
+        assert evaluate(worse, data, n=1000)["fd"] > row["fd_floor"] + 5 * row["fd_floor_std"]
     json.dumps(row)
 
 

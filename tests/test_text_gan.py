@@ -2,13 +2,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from t2i_course.core.conditioning import WordTokenizer, raw_cond
+from t2i_course.core.conditioning import attend, raw_cond, WordTokenizer
 from t2i_course.core.data import Draws
 from t2i_course.core.sources import load
 from t2i_course.core.ema import state_for
 from t2i_course.core.training import State, feed, train
-from t2i_course.gan.text_gan import (APART, AdaptiveConv, MeanPicture, Sketched, StackGAN, TextGAN, Upscaled, WordAttention, attend, build,
-                                     by_demands, contrast, recipe_for, sketcher, spread, word_scores)
+from t2i_course.gan.text_gan import (APART, AdaptiveConv, MeanPicture, Sketched, StackGAN, TextGAN, Upscaled,
+                                     WordAttention, build, by_demands, contrast, recipe_for, sketcher, spread,
+                                     word_scores)
 
 
 def small(name="digits", **changes):
@@ -29,7 +30,7 @@ def seeded(*shape, n=0):
 def test_attention_is_torchs_own():
     q, k, v = seeded(3, 7, 8), seeded(3, 5, 8, n=1), seeded(3, 5, 6, n=2)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 1, 0]]).bool()
-    heard, weights = attend(q, k, v, mask)
+    heard, weights = attend(q, k, v, mask[:, None])
     assert torch.allclose(heard, F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]), atol=1e-6)
     assert torch.allclose(weights.sum(-1), torch.ones(3, 7)) and (weights[1, :, 2:] == 0).all()
 

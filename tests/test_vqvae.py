@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from t2i_course.codec import vqvae
-from t2i_course.codec.vqvae import TwoStage, VectorQuantizer, VQVAE, dead, nearest_code, perplexity
+from t2i_course.codec.vqvae import OnCodes, VectorQuantizer, VQVAE, dead, nearest_code, perplexity
 from t2i_course.core.data import Draws
 from t2i_course.core.sources import load
 from t2i_course.core.ema import EMA
+from t2i_course.core.experiments import fit
 from t2i_course.core.training import State, feed, train
 
 
@@ -189,10 +190,10 @@ def test_grid_codes_and_back():
     for own, grid in ((dict(), (4, 4)), (dict(trim=1), (2, 2))):
         codec = small(**own).eval()
         x = torch.randn(2, 1, 16, 16)
-        ids = codec.codes(x)
+        ids = codec.encode(x)
         assert codec.grid((1, 16, 16)) == grid == tuple(ids.shape[1:]) and ids.dtype == torch.int64
         y, q = codec(x)
-        assert y.shape == x.shape and torch.allclose(codec.decode_codes(ids), y, atol=1e-5)
+        assert y.shape == x.shape and torch.allclose(codec.decode(ids), y, atol=1e-5)
         assert torch.equal(q.ids, ids) and codec.loss(x).shape == (2,)
         assert torch.allclose(codec.loss(x), (y-x).square().flatten(1).mean(1)+q.loss)
 
@@ -230,13 +231,12 @@ def test_training_resumes_exactly(own):
 def test_codec_learns_and_codes_carry_the_picture():
     data, config = load("digits"), vqvae.recipe_for(load("digits"), "smoke")
     x = data.batch("test", draws_of(64, seed=3)).x
-    torch.manual_seed(0)
-    _, model = vqvae.fit(data, config, 1600)
+    model = fit(vqvae.build, config, data, 1600).model
     seen = vqvae.inspect(model.codec, x)
     with torch.no_grad():
-        wrong = (model.codec.decode_codes(model.codec.codes(x)).roll(1, 0)-x).square().mean().item()
+        wrong = (model.codec.decode(model.codec.encode(x)).roll(1, 0)-x).square().mean().item()
     assert seen["error"] < .6*x.var().item() < wrong and seen["perplexity"] > 8
-    assert seen["bits"] == 16*math.log2(config["n_codes"]) and seen["tokens"] == 16
+    assert seen["bits"] == 16*math.log2(config.n_codes) and seen["tokens"] == 16
 
 
 class Counted(nn.Module):
@@ -248,7 +248,7 @@ class Counted(nn.Module):
 
     def counted(self): return [self.once]
 
-    def loss(self, ids, cond, draws):
+    def forward(self, ids, cond, draws):
         logits = self.logits.expand(len(ids), *self.logits.shape).permute(0, 3, 1, 2)
         return F.cross_entropy(logits, ids, reduction="none").flatten(1).mean(1)
 
@@ -257,26 +257,33 @@ class Counted(nn.Module):
         return self.logits.argmax(-1).expand(len(cond), *self.grid)
 
 
-def test_two_stages_train_one_after_the_other():
+def test_a_prior_on_a_finished_codec():
     data = load("digits")
     tok = vqvae.WordTokenizer(data.words, data.size)
     codec = small()
-    model = TwoStage(codec, Counted(16, (4, 4), tok.null()), share=.5, lr=(4e-3, 1e-1))
-    state = State(model.net, lr=1e-3, ema=EMA(model.net, 50), parts=model.parts)
-    seen = []
-    for r in train(state, model.loss, feed(data, tok), images=20*16, batch=16):
-        seen.append((tuple(r.turns), r.loss))
-        if r.step == 10:
-            half = {k: v.clone() for k, v in codec.state_dict().items()}
-            average = {k[6:]: v.clone() for k, v in state.ema.shadow.items() if k.startswith("codec.")}
-            assert torch.equal(model.prior.logits, torch.zeros(4, 4, 16))
-    assert [s[0] for s in seen] == [("codec",)]*10+[("prior",)]*10
-    assert any(not torch.equal(v, average[k]) for k, v in half.items())  # the average was another
-    assert all(torch.equal(v, average[k]) for k, v in codec.state_dict().items())  # it settled, and nothing moved it
-    assert seen[-1][1] < seen[10][1] and seen[10][1] == pytest.approx(math.log(16), rel=1e-3)
-    x = model.painter(tok, dict(shape=(1, 16, 16)))(["a handwritten one"]*3, 0)
-    assert x.shape == (3, 1, 16, 16) and model.calls(dict(shape=(1, 16, 16))) == 16
+    before = {k: v.clone() for k, v in codec.state_dict().items()}
+    model = OnCodes(codec, Counted(16, (4, 4), tok.null()))
+    state = State(model.net, lr=1e-1, ema=EMA(model.net, 50))
+    losses = [r.loss for r in train(state, model.loss, feed(data, tok), images=10*16, batch=16)]
+    assert all(torch.equal(v, before[k]) for k, v in codec.state_dict().items()) and not codec.training
+    assert losses[-1] < losses[0] == pytest.approx(math.log(16), rel=1e-3)
+    assert not any(k.startswith("codec") for k in state.tensors()) and set(model.trained) == {"logits"}
+    x = model.painter(tok, None)(["a handwritten one"]*3, 0)
+    assert x.shape == (3, 1, 16, 16) and model.calls(None) == 16
     assert model.net.training
+    assert sum(p.numel() for p in model.artist.parameters()) == sum(p.numel() for m in (codec, model.prior) for p in m.parameters())
+
+
+@pytest.mark.parametrize("palette", [False, True])
+def test_recipe_of_either_codec(palette):
+    data = load("painted")
+    config = vqvae.recipe_for(data, "smoke") | dict(palette=palette)
+    torch.manual_seed(0)
+    tok, model = vqvae.build(config)
+    x = data.batch("train", draws_of(5)).x
+    ids = model.codec.encode(x)
+    assert ids.shape[1:] == model.codec.grid(data.shape) == ((9, 8) if palette else (8, 8))
+    assert model.codec.decode(ids).shape == x.shape and model.loss(x, None, draws_of(5)).shape == (5,)
 
 
 # --- The recipe ---
@@ -290,7 +297,7 @@ def test_recipe_builds_and_repeats(name):
     assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
     tok, model = vqvae.build(config)
     y = model.painter(tok, config)(data.batch("test", draws_of(3)).captions, 0)
-    assert y.shape == (3, *data.shape) and y.isfinite().all() and model.options == () and model.calls(config) == 1
+    assert y.shape == (3, *data.shape) and y.isfinite().all() and model.options == {} and model.calls(config) == 1
 
 
 def test_means_and_sums_weigh_differently():

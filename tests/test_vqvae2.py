@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from arms import made
-from t2i_course.codec.vqvae2 import (CodeReader, CodesModel, Levels, VQVAE2, bits, build, measure, origin, recipe_for,
+from t2i_course.codec.vqvae import VQModel
+from t2i_course.codec.vqvae2 import (CodeReader, Levels, VQVAE2, bits, build, measure, origin, recipe_for,
                                      said_where, swapped)
 from t2i_course.core.data import Draws
 from t2i_course.core.sources import load
@@ -28,31 +29,31 @@ def picture(n=4, side=32): return torch.randn(n, 3, side, side, generator=torch.
 def test_shapes_and_ranges(shape):
     codec = VQVAE2(shape[0], (8, 16), (16, 8), 6)
     x = torch.randn(2, *shape)
-    codes, grids = codec.codes(x), codec.grids(shape)
+    codes, grids = codec.encode(x), codec.grid(shape)
     assert codes.top.shape[1:] == grids.top and codes.bottom.shape[1:] == grids.bottom
     assert all(b == 2 * a for a, b in zip(grids.top, grids.bottom, strict=True))
     assert codes.top.max() < 16 and codes.bottom.max() < 8 and codes.top.dtype == torch.int64
-    assert codec.decode_codes(codes).shape == x.shape == codec.decode_codes(Levels(codes.top, None)).shape
+    assert codec.decode(codes).shape == x.shape == codec.decode(Levels(codes.top, None)).shape
 
 
 def test_codes_and_forward_agree():
     codec, x = small().eval(), picture()
     with torch.no_grad(): y, q = codec(x)
-    codes = codec.codes(x)
+    codes = codec.encode(x)
     assert torch.equal(q.top.ids, codes.top) and torch.equal(q.bottom.ids, codes.bottom)
-    assert torch.allclose(codec.decode_codes(codes), y, atol=1e-5)
+    assert torch.allclose(codec.decode(codes), y, atol=1e-5)
 
 
 def test_bottom_knows_top_and_not_the_other_way():
     codec, x = small(), picture(16)
-    before = codec.codes(x)
+    before = codec.encode(x)
     with torch.no_grad(): codec.bottom.codebook.add_(torch.randn_like(codec.bottom.codebook))
-    assert torch.equal(codec.codes(x).top, before.top), "the top is fixed first"
+    assert torch.equal(codec.encode(x).top, before.top), "the top is fixed first"
     seen = []
     codec.to_bottom.register_forward_hook(lambda m, i, o: seen.append(o.detach()))
-    codec.codes(x)
+    codec.encode(x)
     with torch.no_grad(): codec.top.codebook.add_(torch.randn_like(codec.top.codebook))
-    codec.codes(x)
+    codec.encode(x)
     assert not torch.allclose(*seen), "what becomes bottom codes depends on the top codes"
 
 
@@ -81,7 +82,7 @@ def test_hidden_pictures_do_not_hear_their_fine_codes():
     assert 0 < away.sum() < 16
     with torch.no_grad(): alone, both = codec.paint(q.top.z_q, 0 * q.bottom.z_q), codec.paint(q.top.z_q, q.bottom.z_q)
     assert torch.allclose(y, torch.where(away[:, None, None, None], alone, both), atol=1e-5)
-    assert torch.allclose(codec.decode_codes(Levels(codec.codes(x).top, None)), alone, atol=1e-5)
+    assert torch.allclose(codec.decode(Levels(codec.encode(x).top, None)), alone, atol=1e-5)
 
 
 # --- Bits, levels, swaps ---
@@ -92,7 +93,7 @@ def test_bits_and_the_single_grid_with_as_many():
         data = load(name)
         config = recipe_for(data, "demo")
         two, one = arms()["two"](config), one_level(config)
-        assert bits(two.grids(data.shape), two.n_codes) == bits([one.grid(data.shape)], (one.n_codes,))
+        assert bits(two.grid(data.shape), two.n_codes) == bits([one.grid(data.shape)], (one.n_codes,))
         a, b = (sum(p.numel() for p in m.parameters()) for m in (two, one))
         assert abs(a - b) < .2 * a, "weights within a fifth"
 
@@ -101,7 +102,7 @@ def test_published_grids():
     "E018"
     assert 256 // 8 == 32 and 256 // 4 == 64 and [1024 // f for f in (32, 16, 8)] == [32, 64, 128]
     codec = VQVAE2(3, (8, 8), (4, 4), 4)
-    assert codec.grids((3, 256, 256)) == ((32, 32), (64, 64))
+    assert codec.grid((3, 256, 256)) == ((32, 32), (64, 64))
 
 
 def test_a_dvae_needs_no_nearest_code():
@@ -157,7 +158,7 @@ def run(images, stop=None, resume=None):
     state = state_for(model, config)
     if resume: state.load(*resume)
     losses = []
-    for r in train(state, model.loss, feed(data, tok), images=images, batch=config["batch"]):
+    for r in train(state, model.loss, feed(data, tok), images=images, batch=config.batch):
         losses.append(r.loss)
         if stop and r.images >= stop: break
     return state, losses
@@ -181,7 +182,7 @@ def test_codes_tell_pictures_apart(whole):
     "A trained codec repeats its own picture better than the neighbour."
     x = load("digits").batch("test", Draws(0, torch.arange(64))).x
     codec = whole[0].net.eval()
-    with torch.no_grad(): y = codec.decode_codes(codec.codes(x))
+    with torch.no_grad(): y = codec.decode(codec.encode(x))
     error = lambda a: (y - a).square().flatten(1).mean(1)
     assert (error(x) < error(x.roll(1, 0))).double().mean() > .75
 
@@ -193,10 +194,10 @@ def test_recipe_paints_and_measures():
     model.net.train()
     x = model.painter(tok, config)(["a bold red seven on pink", "a digit"], 0)
     assert x.shape == (2, 3, 32, 32) and x.isfinite().all() and model.net.training
-    assert model.options == () and model.calls(config) == 1 and isinstance(model, CodesModel)
+    assert model.options == {} and model.calls(config) == 1 and isinstance(model, VQModel)
     m = measure(model.codec, data, 16)
     assert set(m) >= {"mse", "mse_top", "bits", "perplexity", "dead"} and len(m["dead"]) == 2
-    assert m["bits"] == 16 * math.log2(config["n_codes"][0]) + 64 * math.log2(config["n_codes"][1])
+    assert m["bits"] == 16 * math.log2(config.n_codes[0]) + 64 * math.log2(config.n_codes[1])
     assert "mse_top" not in measure(one_level(config), data, 16)
     w = said_where(model.codec, data, load_judge("painted"), 16, 100)
     assert set(w["read"]) == {"top", "bottom"} and set(w["swap"]) == set(data.attributes)

@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'DRAW', 'RECOLOUR', 'READ', 'PICTURES', 'SIZES', 'Layout', 'DocumentModel', 'answer', 'overlap', 'Memory',
-           'unseen_pairs', 'Recoloured', 'instruction', 'CM3Leon', 'recipe_for', 'build']
+           'unseen_pairs', 'Recoloured', 'instruction', 'CM3Leon', 'Config', 'recipe_for', 'build']
 
 # %% ../../nbs/07_ar/04_cm3leon.ipynb #97d4df12
 import math
+from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core.conditioning import Cond, PAD, WordTokenizer, drawn_from
+from ..core.conditioning import Cond, PAD, WordTokenizer
+from ..core.contracts import of_data
 from ..core.data import Draws, HELD_OUT, Painted
 from ..core.sources import load, origin
-from ..core.ema import settle
-from ..codec.vqvae import TwoStage
+from ..codec.vqvae import OnCodes
 from .pixelcnn import guided, pick
-from .dalle import Cache, CausalBlock, make_codec
+from .dalle import Cache, CausalBlock, OnCodesConfig, halved
+from .dalle import uses_for as uses_for # the same codec
 
 # %% ../../nbs/07_ar/04_cm3leon.ipynb #df4399cc
 # ---- documents ----
@@ -141,7 +143,7 @@ def overlap(
 
 # %% ../../nbs/07_ar/04_cm3leon.ipynb #7e284249
 class Memory(nn.Module):
-    "Captioned pictures to look things up in: buffers, so that they are saved with the model"
+    "Captioned pictures to look things up in: tensors that no optimizer moves, saved beside the weights"
     def __init__(self, size:int, n_text:int, n_image:int, n_words:int):
         super().__init__()
         self.n_words = n_words
@@ -153,7 +155,7 @@ class Memory(nn.Module):
         for part in torch.arange(len(self.ids)).split(500):
             b = data.batch('train', Draws(777, part))
             self.ids[part] = tok(b.captions).ids.to(self.ids.device)
-            self.codes[part] = codec.codes(b.x.to(self.ids.device)).flatten(1)
+            self.codes[part] = codec.encode(b.x.to(self.codes.device)).flatten(1)
     def retrieve(self,
         ids:Tensor,   # (b n_text) captions
         draws:Draws,  # random numbers of these pictures: ties are broken by chance
@@ -198,38 +200,36 @@ def instruction(
     return f'a {ink} digit'
 
 # %% ../../nbs/07_ar/04_cm3leon.ipynb #f2265d3e
-class CM3Leon(TwoStage):
-    "Codec first; then one network that draws, recolours and reads, with retrieved examples in front"
-    options = ('temperature','guidance')
+class CM3Leon(OnCodes):
+    "On the codes of a finished codec: one network draws, recolours and reads, retrieved examples in front"
     def __init__(self,
-        codec,               # a discrete codec
+        codec,               # finished
         net:DocumentModel,   # over its codes and the words
         memory:Memory,       # to retrieve from
         null:Cond,           # (1) the empty caption
-        data,                # captioned pictures, to fill the memory and to make pairs to recolour
+        data,                # captioned pictures, to make pairs to recolour
         tok,                 # captions -> Cond
         tasks=(1.,0.,0.),    # share of each of TASKS in training
         p_drop:float=.1,     # share of the captions that are emptied in training, for guidance
-        share:float=.35,     # of the budget, for the codec
-        lr=(3e-3,2e-3),      # peak learning rates
     ):
-        super().__init__(codec, nn.ModuleDict(dict(net=net, memory=memory)), share, lr)
-        self.null,self.data,self.tok,self.tasks,self.p_drop = null,data,tok,tasks,p_drop
+        super().__init__(codec, net)
+        self.memory,self.null,self.data,self.tok,self.tasks,self.p_drop = memory,null,data,tok,tasks,p_drop
         self.repaint = Recoloured() if isinstance(origin(data), Painted) else None
-        self.loss[1] = self.loss[1]._replace(begin=self.begin)
     @property
-    def model(self)->DocumentModel: return self.prior['net']
-    @property
-    def memory(self)->Memory: return self.prior['memory']
+    def model(self)->DocumentModel: return self.prior # `net` may be wrapped
+    def to(self, device):
+        self.memory.to(device)
+        return super().to(device)
     def counted(self)->list: return [self.model]
-    def silent(self)->Cond: return self.null
-    def begin(self, state):
-        "The codec settles, and the memory is filled with its codes"
-        settle('codec')(state)
-        was = self.codec.training
-        self.memory.fill(self.codec.eval(), self.data, self.tok)
-        self.codec.train(was)
-        for k,v in self.memory.named_buffers(): state.ema.shadow[f'prior.memory.{k}'].copy_(v)
+    def nothing(self, captions): return self.null.expand(len(captions))
+    def prepare(self, data, tok, config):
+        "Fill the memory with codes of the finished codec"
+        self.memory.fill(self.codec, data, tok)
+    @property
+    def extra(self)->dict: return {f'memory.{k}':v for k,v in self.memory.named_buffers()}
+    @extra.setter
+    def extra(self, tensors):
+        for k,v in self.extra.items(): v.copy_(tensors[k])
 
     def examples(self,
         ids:Tensor,   # (b n_text) captions
@@ -246,7 +246,7 @@ class CM3Leon(TwoStage):
         cut = torch.tensor(self.tasks).cumsum(0).to(u.device)/sum(self.tasks)
         task = (u[:,None]>=cut[:-1]).sum(1)
         if self.repaint is None: task = torch.where(task==RECOLOUR, DRAW, task)
-        codes = self.codec.codes(x0).flatten(1)
+        codes = self.codec.encode(x0).flatten(1)
         told = cond.drop(draws.uniform('drop')>=self.p_drop, self.null.to(u.device)).ids
         text,source,goal = told.clone(),torch.full_like(codes, -1),codes+lay.first_code
         count = (draws.uniform('examples')*(lay.n_examples+1)).long()
@@ -263,15 +263,15 @@ class CM3Leon(TwoStage):
             inks = [self.data.attributes['ink'][i] for i in twin.attrs['ink'].tolist()]
             text[paints] = self.tok([instruction(i) for i in inks]).ids.to(text.device)
             source[paints] = codes[paints]
-            goal[paints,:lay.n_image] = self.codec.codes(twin.x.to(x0.device)).flatten(1)+lay.first_code
+            goal[paints,:lay.n_image] = self.codec.encode(twin.x.to(x0.device)).flatten(1)+lay.first_code
         found,theirs = self.examples(told, draws, torch.where(task==DRAW, count, 0))
         # a caption ends with one PAD
         size = torch.where(task==READ, (goal!=PAD).sum(1)+1, lay.n_image).clamp(max=goal.shape[1])
         return lay.context(task, text, source, found, theirs),goal,size
-    def prior_loss(self, x0, cond, draws):
+    def loss(self, x0, cond, draws):
         "Cross-entropy of the answer, a mean over its tokens"
         context,goal,size = self.lesson(x0, cond, draws)
-        logits = self.model(torch.cat([context, goal[:,:-1]], 1))[:,context.shape[1]-1:]
+        logits = self.net(torch.cat([context, goal[:,:-1]], 1))[:,context.shape[1]-1:]
         each = F.cross_entropy(logits.mT, goal, reduction='none')
         counts = torch.arange(goal.shape[1], device=goal.device)<size[:,None]
         return (each*counts).sum(1)/size
@@ -307,7 +307,7 @@ class CM3Leon(TwoStage):
     )->Tensor:          # (b) bits a code
         "How well the model expects the codes of a picture, given its caption and some examples"
         told,lay = self.contexts(cond, draws, examples)[0],self.model.layout
-        codes = self.codec.codes(x).flatten(1)
+        codes = self.codec.encode(x).flatten(1)
         goal = codes+lay.first_code
         logits = self.model(torch.cat([told, goal[:,:-1]], 1))[:,told.shape[1]-1:,lay.first_code:]
         return F.cross_entropy(logits.mT, codes, reduction='none').mean(1)/math.log(2)
@@ -320,9 +320,9 @@ class CM3Leon(TwoStage):
         "An instruction obeyed: the same picture in another ink"
         lay = self.model.layout
         text = self.tok([instruction(i) for i in inks]).ids.to(x.device)
-        context = lay.context(text.new_full((len(x),), RECOLOUR), text, self.codec.codes(x).flatten(1))
+        context = lay.context(text.new_full((len(x),), RECOLOUR), text, self.codec.encode(x).flatten(1))
         codes = answer(self.model, context, 'codes', draws, temperature)
-        return self.codec.decode_codes(codes.view(-1, *lay.grid))
+        return self.codec.decode(codes.view(-1, *lay.grid))
     def captions(self,
         x:Tensor,     # (b c h w) pictures
         draws:Draws,  # random numbers of these pictures
@@ -331,27 +331,30 @@ class CM3Leon(TwoStage):
         "The other direction: a picture in words"
         lay = self.model.layout
         text = torch.full((len(x), lay.n_text), PAD, device=x.device)
-        context = lay.context(text.new_full((len(x),), READ), text, self.codec.codes(x).flatten(1))
+        context = lay.context(text.new_full((len(x),), READ), text, self.codec.encode(x).flatten(1))
         out = answer(self.model, context, 'words', draws, temperature)
         def words(ids):
             return ' '.join(self.tok.words[i-3] for i in ids[:ids.index(PAD) if PAD in ids else None] if i>=3)
         return [words(ids) for ids in out.tolist()]
 
-    def painter(self, tok, config):
-        "Captions in, pictures out; with `examples` retrieved pairs in the context"
-        def paint(cond, draws):
-            was = self.net.training
-            self.net.eval()
-            codes = self.draw_codes(cond, draws, config['examples'], config['temperature'],
-                                    config['guidance'])
-            x = self.codec.decode_codes(codes)
-            self.net.train(was)
-            return x
-        return drawn_from(paint, tok, next(self.net.parameters()).device)
+    def paint(self, cond, draws, config): # (b) captions -> (b c h w)
+        "With `examples` retrieved pairs in the context"
+        codes = self.draw_codes(cond, draws, config.examples, config.temperature, config.guidance)
+        return self.codec.decode(codes)
 
 # %% ../../nbs/07_ar/04_cm3leon.ipynb #cb50e589
 # ---- the recipe ----
 PICTURES = True # it trains on pictures, not on latents
+
+@dataclass(kw_only=True)
+class Config(OnCodesConfig):
+    "Of a document model and its memory"
+    recipe: str='cm3leon'
+    n_layers: int     # blocks
+    memory: int       # captioned pictures to look things up in
+    tasks: list       # share of each of TASKS in training
+    max_examples: int=2 # retrieved pairs for which there is room
+    examples: int=1   # retrieved pairs in drawing
 
 SIZES = dict(smoke=dict(codec_widths=(16,16,24), codec_depth=1, n_codes=32, code_dim=8, dim=32, n_layers=2,
                         n_heads=2, batch=16, memory=200),
@@ -360,30 +363,24 @@ SIZES = dict(smoke=dict(codec_widths=(16,16,24), codec_depth=1, n_codes=32, code
              full=dict(codec_widths=(128,192,256), codec_depth=2, n_codes=512, code_dim=16, dim=512,
                        n_layers=12, n_heads=8, batch=256, memory=100_000))
 
+# %% ../../nbs/07_ar/04_cm3leon.ipynb #cb50e58a
 def recipe_for(
     data,               # captioned pictures
     scale:str='demo',   # smoke, demo or full
     seconds:float=None, # training time, if it is known
-)->dict:                # JSON values
-    "Everything `build` needs to make the same model again"
-    deep = max(1, int(math.log2(min(data.shape[1:])/4))) # a grid of 4 x 4 codes, and a row for the colours
-    size = SIZES[scale]|dict(codec_widths=list(SIZES[scale]['codec_widths'][:deep]))
-    return dict(recipe='cm3leon', data=data.name, shape=list(data.shape), words=list(data.words),
-                max_len=data.size, share=.4, lr=2e-3, codec_lr=4e-3, half_life=4_000, p_drop=.1,
-                palette=data.shape[0]>1,
-                tasks=[.7,.15,.15], max_examples=2, examples=1, temperature=.5, guidance=2.,
-                **size)
+)->Config:
+    "Everything `build` needs to make the same model again: a grid of 4 x 4 codes, and a row for the colours"
+    size = SIZES[scale]|dict(codec_widths=halved(data, SIZES[scale]['codec_widths']))
+    return Config(**of_data(data), lr=2e-3, half_life=4_000,
+                  palette=data.shape[0]>1, tasks=[.7,.15,.15], **size)
 
 def build(
-    config:dict, # as from `recipe_for`
-)->tuple:        # tokenizer, CM3Leon
-    "Codec, network and an empty memory"
-    tok = WordTokenizer(config['words'], config['max_len'])
-    codec = make_codec(config)
-    layout = Layout(len(tok), config['n_codes'], config['max_len'], codec.grid(config['shape']),
-                    config['max_examples'])
-    net = DocumentModel(layout, config['dim'], config['n_layers'], config['n_heads'])
-    memory = Memory(config['memory'], config['max_len'], layout.n_image, len(tok))
-    return tok,CM3Leon(codec, net, memory, tok.null(), load(config['data'], config.get('size')), tok,
-                       tuple(config['tasks']), config['p_drop'],
-                       config['share'], (config['codec_lr'], config['lr']))
+    config:Config,
+    codec,         # a finished run of vqvae
+)->tuple:          # tokenizer, CM3Leon
+    "A fresh network and an empty memory on a finished codec"
+    c,tok,codec = config,WordTokenizer(config.words, config.max_len),codec.model.codec
+    layout = Layout(len(tok), codec.n_codes, c.max_len, codec.grid(c.shape), c.max_examples)
+    net = DocumentModel(layout, c.dim, c.n_layers, c.n_heads)
+    memory = Memory(c.memory, c.max_len, layout.n_image, len(tok))
+    return tok,CM3Leon(codec, net, memory, tok.null(), load(c.data, c.size), tok, c.tasks, c.p_drop)

@@ -8,10 +8,11 @@ from pathlib import Path
 from t2i_course.bench.peers import PEERS, draw_peer, train_peer
 from t2i_course.bench.ruler import Ruler
 from t2i_course.bench.twins import equal_size, roofline
+from t2i_course.core.config import to_json
 from t2i_course.core.data import scale
 from t2i_course.core.files import write_json
 from t2i_course.core.sources import load
-from t2i_course.run.model import Model
+from t2i_course.core.runs import open_run
 from t2i_course.run.rows import cleared
 from t2i_course.run.settings import settings
 from t2i_course.run.stamp import alike
@@ -87,7 +88,7 @@ def own_row(arm: str, seconds: float, seed: int, ruler: Ruler, work: Path) -> di
         resume=(run / "config.json").exists(),
         changes=dict(skip=arm == "ours"),
     )
-    cpu, model = time.process_time() - cpu, Model(run)
+    cpu, model = time.process_time() - cpu, open_run(run)
     took = json.loads((run / "train.json").read_text(encoding="utf-8"))
     c = model.config
     return ruler.row(model.draw, seed) | dict(
@@ -98,7 +99,7 @@ def own_row(arm: str, seconds: float, seed: int, ruler: Ruler, work: Path) -> di
         steps=took["steps"],
         train_seconds=took["seconds"],
         cpu_seconds=cpu,
-        nfe=model.den.calls(c),
+        nfe=model.model.calls(c),
         guidance=c["guidance"],
         batch=c["batch"],
         widths=c["widths"],
@@ -160,7 +161,7 @@ def digits(
                 row = keep(
                     f"{arm}-{seconds:g}-{seed}",
                     partial(own_row, arm, seconds, seed, ruler, work),
-                    config=own_settings(arm, seconds, seed, ruler) | dict(versions=None),
+                    config=to_json(own_settings(arm, seconds, seed, ruler)) | dict(versions=None),
                 ) | dict(data=ruler.data.name)
                 say(
                     f"{arm} {seconds:g} s, seed {seed}: {100 * row['accuracy']:.1f}%, "
@@ -193,7 +194,7 @@ def digits(
 
     config = recipe_for(ruler.data, "smoke" if small else "demo", 60)
     res["roofline"] = keep(
-        "roofline", lambda: roofline(config, ruler.data, 4 if small else 30), config=config
+        "roofline", lambda: roofline(config, ruler.data, 4 if small else 30), config=to_json(config)
     )
     write_json(path, res)
     say(f"wrote {path}")

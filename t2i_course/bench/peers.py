@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from t2i_course.bench.meters import count
+from t2i_course.core.counting import parameters
 from t2i_course.core.data import Draws
 from t2i_course.core.files import CourseError
 
@@ -111,7 +111,7 @@ def train_peer(
             say(f"  step {steps}, {used:.0f} s, loss {losses[-1]:.3f}")
     tail = losses[-max(1, len(losses) // 10) :]
     return dict(
-        params=count(peer.net),
+        params=parameters(peer.net),
         steps=steps,
         images=steps * BATCH,
         train_seconds=used,

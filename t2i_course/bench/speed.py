@@ -1,6 +1,5 @@
 """`t2i bench speed`: the same work in two libraries."""
 
-import time
 from functools import partial
 from pathlib import Path
 
@@ -9,17 +8,15 @@ import torch.nn.functional as F
 
 from t2i_course.bench.meters import (
     bare_cond,
-    count,
     left_out,
     matmul_peak,
     median,
-    multiply_adds,
     precisions,
-    wait,
 )
 from t2i_course.bench.peers import Unit2
 from t2i_course.bench.twins import TWINS
 from t2i_course.core.conditioning import Cond
+from t2i_course.core.counting import in_turns, kept, multiply_adds, parameters, wait
 from t2i_course.core.data import scale
 from t2i_course.core.files import write_json
 from t2i_course.diffusion.ddpm import UNet
@@ -60,10 +57,8 @@ def memory_of(net, run, x, bf16: bool) -> int:
         torch.cuda.reset_peak_memory_stats()
         stepper(net, run, x, bf16, True)()
         return torch.cuda.max_memory_allocated()
-    from t2i_course.capstone.report_card import kept_bytes
-
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
-        return kept_bytes(net, lambda: run(net, x))
+        return kept(net, lambda: run(net, x)).whole
 
 
 def race(
@@ -76,20 +71,14 @@ def race(
     "Training and drawing steps in turns: seconds, ratios with their range, share of the matmul peak, memory"
     device, out = (
         x.device.type,
-        dict(batch=len(x), params={k: count(n) for k, n in nets.items()}, multiply_adds=macs),
+        dict(batch=len(x), params={k: parameters(n) for k, n in nets.items()}, multiply_adds=macs),
     )
     kinds = dict(fp32=torch.float32, bf16=torch.bfloat16)
     (ours, *others), peak = nets, {p: matmul_peak(device, kinds[p]) for p in precisions(device)}
     for precision in precisions(device):
         for kind in ("train", "draw"):
             steps = {k: stepper(n, runs[k], x, precision == "bf16", kind == "train") for k, n in nets.items()}
-            took = {k: [] for k in steps}
-            for i in range(rounds + 2):
-                for k, f in steps.items():
-                    start = time.perf_counter()
-                    f()
-                    if i > 1:
-                        took[k].append(time.perf_counter() - start)
+            took = in_turns(steps, rounds, warm=2)
             passes = 3 if kind == "train" else 1
             flops = {k: passes * 2 * macs[k] * len(x) / median(v) for k, v in took.items()}
             ratios = {k: sorted(b / a for a, b in zip(took[ours], took[k])) for k in others}

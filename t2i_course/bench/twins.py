@@ -6,14 +6,12 @@ import torch.nn.functional as F
 from t2i_course.bench.meters import (
     bare_cond,
     conv_peak,
-    count,
-    in_turns,
     left_out,
     median,
-    multiply_adds,
     precisions,
 )
 from t2i_course.bench.peers import BATCH, PEERS
+from t2i_course.core.counting import in_turns, multiply_adds, parameters
 from t2i_course.core.ema import EMA
 from t2i_course.core.training import State, feed, train
 from t2i_course.diffusion.ddpm import UNet
@@ -74,7 +72,7 @@ def equal_size(
     took = {k: median(v) for k, v in took.items()}
     return (
         dict(
-            params=[count(peer.net), count(net)],
+            params=[parameters(peer.net), parameters(net)],
             multiply_adds=[theirs, ours],
             seconds_a_step=took,
             times_faster={k: took["peer fp32"] / v for k, v in took.items() if k != "peer fp32"},
@@ -88,8 +86,7 @@ def roofline(
     data,  # digits
     rounds: int = 30,
 ) -> dict:  # GFLOP/s of the whole step and its share of the peak
-    "The arithmetic of the convolutions and matrix products of a training step, over its time and over"
-    "the machine's peak"
+    "The arithmetic of a training step (convolutions, matrix products), over its time and the machine's peak"
     from t2i_course.flow.flow_matching import build
     from t2i_course.diffusion.preconditioning import fit_skip
     from torch.profiler import ProfilerActivity, profile

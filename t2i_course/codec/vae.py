@@ -5,26 +5,23 @@
 # %% auto #0
 __all__ = ['LDM_KL_F8', 'PICTURES', 'SIZES', 'WHITENING', 'KL_F8', 'psnr', 'reparameterise', 'kl_to_normal', 'ResBlock',
            'Encoder', 'Decoder', 'VAE', 'Perceptual', 'PatchDiscriminator', 'adaptive_weight', 'lookalikes',
-           'CodecModel', 'Repeated', 'KLModel', 'recipe_for', 'make_codec', 'build', 'active_units', 'whiten', 'fit',
-           'make_shard', 'cache_latents', 'Latents', 'NormBlock', 'PlaceAttention', 'Level', 'Half', 'StableVAE',
-           'from_diffusers']
+           'CodecModel', 'Repeated', 'KLModel', 'Config', 'recipe_for', 'make_codec', 'build', 'active_units', 'whiten',
+           'fit_whitened', 'NormBlock', 'PlaceAttention', 'Level', 'Half', 'StableVAE', 'from_diffusers']
 
 # %% ../../nbs/03_codec/01_vae.ipynb #f829b608
-import hashlib, json, os, re
-from pathlib import Path
+import re
+from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load as from_bytes, save as to_bytes
 from torch import nn, Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from ..core.conditioning import WordTokenizer
-from ..core.data import Batch, Draws, check_split, in_epochs
-from ..core.files import CourseError, not_written
+from ..core.conditioning import WordTokenizer, count_calls
+from ..core.contracts import Config as RunConfig, Defaults, of_data
+from ..core.data import Draws
 from ..core.sources import load, origin
-from ..core.ema import train_arm
-from ..core.metrics import SEED, distinct, fingerprint, judge_for
+from ..core.experiments import Arm, fit
+from ..core.metrics import SEED, distinct, judge_for
 from ..core.training import Turn, pick_device
 from ..gan.adversarial import hinge_d, hinge_g
 
@@ -111,6 +108,7 @@ class Decoder(nn.Module):
 # %% ../../nbs/03_codec/01_vae.ipynb #0e00302f
 class VAE(nn.Module):
     "The codec: encode(x) -> z, sample(z, noise) -> x0, decode(x0) -> x"
+    limit = 4. # standard deviations: whitened latents lie (nearly all) within
     def __init__(self,
         channels:int,     # of the picture
         z_channels:int=4, # of the latent
@@ -253,12 +251,11 @@ def lookalikes(
     left,found = set(range(len(captions))),{}
     for split in [s for s in ('test','heldout') if s in data.splits]:
         size = distinct(data, split)
-        # if so, the first half of the protocol's order is what drawings are compared with
         finite = size!=float('inf')
         for k in range(chunks):
             if not left: break
             at = torch.arange(k*chunk, (k+1)*chunk)
-            if finite: at = torch.arange(size//2, size).roll(997*seed%size)
+            if finite: at = torch.arange(size).roll(997*seed%size)
             own = SEED if finite else 1_000_003+seed
             shown = _attributes(data, split, Draws(own, at)) if any(wanted) else {}
             free = torch.ones(len(at), dtype=torch.bool)
@@ -281,27 +278,26 @@ def lookalikes(
     return x
 
 # %% ../../nbs/03_codec/01_vae.ipynb #4853e270
-class CodecModel:
+class CodecModel(Defaults):
     "What every codec recipe has: a network, a loss, and a painter that repeats real pictures"
-    options = () # nothing that `t2i sample` could change
     def __init__(self,
         net:nn.Module,   # all that is trained
-        codec:nn.Module, # the part that repeats: codec(x) -> x
+        codec:nn.Module, # the part that repeats: encode, sample, decode
         loss,            # function or list of Turns
         parts:dict=None, # see State
     ):
         self.net,self.codec,self.artist,self.loss,self.parts = net,codec,codec,loss,parts
-    def to(self, device): return self
     def counted(self)->list: return [self.codec.decoder] # what runs once at every call of the network
-    def calls(self, config:dict)->int: return 1 # network calls for one picture
-    def reconstruct(self, x:Tensor)->Tensor: return self.codec(x) # (b c h w) -> (b c h w)
+    def calls(self, config)->int: return count_calls(self.painter(None, config), self.counted())
+    def reconstruct(self, x:Tensor)->Tensor: # (b c h w) -> (b c h w)
+        return self.codec.decode(self.codec.sample(self.codec.encode(x)))
 
     def painter(self,
-        tok,         # captions -> Cond; not used
-        config:dict, # names the data
-    )->object:       # draw(captions, seed) -> (n c h w)
+        tok,     # captions -> Cond; not used
+        config,  # names the data
+    )->object:   # draw(captions, seed) -> (n c h w)
         "Reconstructions of unseen real pictures that show what the captions demand"
-        data,device = origin(load(config['data'], config.get('size'))),next(self.codec.parameters()).device
+        data,device = origin(load(config.data, config.size)),next(self.codec.parameters()).device
         @torch.no_grad()
         def draw(captions, seed=0, each=None):
             was,done = self.net.training,[]
@@ -344,7 +340,7 @@ class KLModel(CodecModel):
         if adversarial: turns.append(Turn('disc', self.disc_loss, 'disc', since=since, begin=_start))
         own = dict(codec=dict(lr=lr[0]), disc=dict(lr=lr[1], betas=(.5,.9), weight_decay=0.))
         super().__init__(net, codec, turns, own)
-    def to(self, device):
+    def to(self, device): # the network of the perceptual distance does not learn
         if self.seen: self.seen.to(device)
         return self
 
@@ -396,36 +392,51 @@ class KLModel(CodecModel):
 # ---- the recipe ----
 PICTURES = True # it trains on pictures, not on latents
 
+@dataclass(kw_only=True)
+class Config(RunConfig):
+    "What this recipe says, beside what every run says; `lr` is the autoencoder's learning rate"
+    lr_disc: float     # learning rate of the discriminator
+    widths: list       # channels on each grid, the finest (half the picture's side) first
+    depth: int         # residual blocks on each grid
+    z_channels: int    # channels of a latent
+    d_disc: int        # channels of the discriminator's first layer
+    kl: float          # weight of the KL, where errors and KL are summed over all their numbers
+    perceptual: float  # weight of the perceptual distance, beside the mean absolute error
+    adversarial: float # the adversary's share of the last layer's gradient; 0: no discriminator
+    since: float       # share of the budget after which the discriminator plays
+
+# %% ../../nbs/03_codec/01_vae.ipynb #14147301
 SIZES = dict( # one row a scale
-    smoke=dict(widths=(16,32), depth=1, d_disc=16, batch=32),
-    demo =dict(widths=(32,64), depth=1, d_disc=32, batch=32),
-    full =dict(widths=(128,256), depth=3, d_disc=64, batch=256),
+    smoke=dict(widths=[16,32], depth=1, d_disc=16, batch=32),
+    demo =dict(widths=[32,64], depth=1, d_disc=32, batch=32),
+    full =dict(widths=[128,256], depth=3, d_disc=64, batch=256),
 )
 
 def recipe_for(
     data,              # captioned pictures, sides multiples of 16
     scale:str='demo',  # smoke, demo or full
     seconds:float=None,# of training
-)->dict:               # JSON values
+)->Config:
     "Everything `build` needs to make the same codec again"
-    return dict(recipe='vae', data=data.name, shape=list(data.shape), words=list(data.words), max_len=data.size, lr=4e-3, lr_disc=1e-3,
-                half_life=3_000, z_channels=4, kl=1e-6, perceptual=.5, adversarial=.5, since=.6, **SIZES[scale])
+    return Config(recipe='vae', **of_data(data), lr=4e-3, lr_disc=1e-3, half_life=3_000, z_channels=4,
+                  kl=1e-6, perceptual=.5, adversarial=.5, since=.6, **SIZES[scale])
 
+# %% ../../nbs/03_codec/01_vae.ipynb #14147302
 def make_codec(
-    config:dict, # as from `recipe_for`
+    config:Config, # as from `recipe_for`
 )->VAE:
     "The codec alone"
-    return VAE(config['shape'][0], config['z_channels'], config['widths'], config['depth'])
+    return VAE(config.shape[0], config.z_channels, config.widths, config.depth)
 
 def build(
-    config:dict, # as from `recipe_for`
-)->tuple:        # tokenizer, KLModel with fresh networks
+    config:Config, # as from `recipe_for`
+)->tuple:          # tokenizer, KLModel with fresh networks
     "The autoencoder of this chapter; the perceptual distance is that of the data's judge, where there is one"
-    judge = judge_for(origin(load(config['data'], config.get('size')))) if config['perceptual'] else None
-    disc = PatchDiscriminator(config['shape'][0], config['d_disc'])
-    model = KLModel(make_codec(config), disc, Perceptual(judge) if judge else None, config['kl'], config['perceptual'],
-                    config['adversarial'], config['since'], (config['lr'], config['lr_disc']))
-    return WordTokenizer(config['words'], config['max_len']),model
+    c = config
+    judge = judge_for(origin(load(c.data, c.size))) if c.perceptual else None
+    disc,seen = PatchDiscriminator(c.shape[0], c.d_disc),Perceptual(judge) if judge else None
+    model = KLModel(make_codec(c), disc, seen, c.kl, c.perceptual, c.adversarial, c.since, (c.lr, c.lr_disc))
+    return WordTokenizer(c.words, c.max_len),model
 
 # %% ../../nbs/03_codec/01_vae.ipynb #0c1e60f0
 def active_units(
@@ -449,139 +460,22 @@ def whiten(
     return codec
 
 # %% ../../nbs/03_codec/01_vae.ipynb #6bb9e8be
-def fit(
+# ---- one arm of the sweep ----
+def fit_whitened(
     data,             # captioned pictures
-    config:dict,      # as from `recipe_for`
+    config:Config,    # as from `recipe_for`
     images:int,       # training pictures
     seed:int=0,       # of weights, data and noise
     precision:str='fp32',
-)->tuple:             # tokenizer, trained KLModel, whitened
+)->Arm:               # its codec whitened
     "Train one codec; its whitening is then measured anew, on 1,000 training pictures"
-    torch.manual_seed(seed)
-    tok,model = build(config)
-    train_arm(model, tok, data, config, images, seed, precision)
-    whiten(model.codec.eval(), data.batch('train', Draws(seed, torch.arange(1000))).x.to(pick_device()))
-    return tok,model
+    arm = fit(build, config, data, images, seed, precision)
+    whiten(arm.model.codec.eval(), data.batch('train', Draws(seed, torch.arange(1000))).x.to(pick_device()))
+    return arm
 
 # %% ../../nbs/03_codec/01_vae.ipynb #6fe5408f
 WHITENING = dict( # scale, shift: x0 = (z - shift) * scale, as each model's configuration says
     sd15=(.18215, 0.), sdxl=(.13025, 0.), sd3=(1.5305, .0609), flux=(.3611, .1159))
-
-# %% ../../nbs/03_codec/01_vae.ipynb #67346e1b
-# ---- latents on disk ----
-def _put(path:Path, raw:bytes): # whole or not at all
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    try:
-        part.write_bytes(raw)
-        os.replace(part, path)
-    except OSError as e:
-        raise not_written(path, e) from e
-    finally: part.unlink(missing_ok=True)
-
-def _read_index(folder:Path)->dict:
-    try: return json.loads((folder/'index.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e: raise CourseError(f'{folder} holds no readable index.json ({e}). Make it with cache_latents.') from e
-
-def _sound(folder:Path, shard:dict)->bool: # is the file there, and is it the one that was written?
-    path = folder/shard['file']
-    return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest()==shard['sha256']
-
-# %% ../../nbs/03_codec/01_vae.ipynb #22a9f506
-@torch.no_grad()
-def make_shard(
-    codec,     # has encode
-    data,      # captioned pictures
-    split:str, # one of its splits
-    seed:int,  # of the pictures
-    at:Tensor, # (m) int64, which pictures
-    batch:int, # pictures at once
-)->bytes:      # a safetensors file: z, attributes, what is named, and the captions in its header
-    "One file of latents, everything a later chapter wants to know of the pictures beside them"
-    device,parts = next(codec.parameters()).device,[data.batch(split, Draws(seed, i)) for i in at.split(batch)]
-    tensors = dict(z=torch.cat([codec.encode(b.x.to(device)).cpu() for b in parts]))
-    for kind in ('attrs','named'):
-        for k in getattr(parts[0], kind): tensors[f'{kind}.{k}'] = torch.cat([getattr(b, kind)[k] for b in parts])
-    captions = [c for b in parts for c in b.captions]
-    return to_bytes({k:v.contiguous() for k,v in tensors.items()}, metadata=dict(captions=json.dumps(captions)))
-
-# %% ../../nbs/03_codec/01_vae.ipynb #e221217f
-def cache_latents(
-    codec,             # has encode and encoder; in eval mode
-    data,              # captioned pictures
-    folder,            # where the shards go
-    n:int,             # pictures
-    split:str='train', # one of the data's splits
-    seed:int=0,        # of the pictures
-    per_shard:int=4096,# pictures a file
-    batch:int=256,     # pictures at once
-    progress=None,     # called with the number of pictures done
-)->dict:               # the index
-    "encode, once for all: shards of latents and an index with their hashes; after an interruption call it again"
-    folder = Path(folder)
-    about = dict(data=data.name, source=data.source, split=split, seed=seed, n=n, per_shard=per_shard, batch=batch,
-                 encoder=fingerprint(codec.encoder))
-    if (folder/'index.json').exists():
-        index = _read_index(folder)
-        if {k:index.get(k) for k in about}!=about:
-            differ = [k for k in about if index.get(k)!=about[k]]
-            raise CourseError(f"{folder} holds other latents ({', '.join(differ)} differ): choose another folder, or delete it")
-    else:
-        try: folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise CourseError(f'{folder} cannot be made ({e.strerror}). Choose another folder.') from e
-        index = about|dict(shards=[])
-    was,done = codec.training,{s['file']:s for s in index['shards'] if _sound(folder, s)}
-    codec.eval()
-    index['shards'] = []
-    try:
-        for k,at in enumerate(torch.arange(n).split(per_shard)):
-            name = f'latents-{k:05d}.safetensors'
-            if name not in done:
-                raw = make_shard(codec, data, split, seed, at, batch)
-                _put(folder/name, raw)
-                done[name] = dict(file=name, n=len(at), sha256=hashlib.sha256(raw).hexdigest())
-            index['shards'].append(done[name])
-            _put(folder/'index.json', (json.dumps(index, indent=1)+'\n').encode())
-            if progress: progress(int(at[-1])+1)
-    finally: codec.train(was)
-    return index
-
-# %% ../../nbs/03_codec/01_vae.ipynb #d848f8ca
-class Latents:
-    "Cached latents in the place of pictures: the same batch(split, draws), so that everything trains on them as it is"
-    def __init__(self,
-        folder, # made by `cache_latents`
-        codec,  # the codec whose encoder made them: it draws and whitens
-        data,   # the pictures they were made from
-    ):
-        folder = Path(folder)
-        self.index = index = _read_index(folder)
-        self.codec,self.data,self.splits = codec,data,(index['split'],)
-        if index['encoder']!=fingerprint(codec.encoder):
-            raise CourseError(f'the latents in {folder} were made by another encoder: delete them and call cache_latents again')
-        if sum(s['n'] for s in index['shards'])!=index['n'] or not all(_sound(folder, s) for s in index['shards']):
-            raise CourseError(f'{folder} is not complete or was changed: call cache_latents again, it makes what is missing')
-        raws = [(folder/s['file']).read_bytes() for s in index['shards']]
-        parts = [from_bytes(raw) for raw in raws]
-        self.fields = {k:torch.cat([p[k] for p in parts]) for k in parts[0]}
-        self.texts = [c for s in index['shards'] for c in _captions(folder/s['file'])]
-        self.z = self.fields['z'] # (n 2d h w)
-        self.shape = (self.z.shape[1]//2, *self.z.shape[2:])
-        for k in ('name','attributes','words','size','source','demands'): setattr(self, k, getattr(data, k, None))
-
-    def batch(self,
-        split:str,   # the one that was cached
-        draws:Draws, # which latents, and the noise of the posterior
-    )->Batch:        # x (b d h w): whitened draws
-        "A fresh draw from the posterior every time; every picture once an epoch"
-        check_split(self, split)
-        i,own = in_epochs(len(self.z), draws),next(self.codec.parameters()).device
-        noise = Draws(draws.seed, draws.index).normal('posterior', *self.shape)
-        part = lambda kind: {k.split('.', 1)[1]:v[i] for k,v in self.fields.items() if k.startswith(kind)}
-        with torch.no_grad(): x = self.codec.sample(self.z[i].to(own), noise.to(own)).cpu()
-        return Batch(x, [self.texts[j] for j in i.tolist()], part('attrs.'), part('named.'))
-
-def _captions(path:Path)->list:
-    with safe_open(path, 'pt') as f: return json.loads(f.metadata()['captions'])
 
 # %% ../../nbs/03_codec/01_vae.ipynb #7c46ed21
 # ---- Stable Diffusion's autoencoder ----

@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'SIZES', 'nearest_code', 'counts', 'perplexity', 'dead', 'Codebook', 'Quantized', 'VectorQuantizer',
-           'VQVAE', 'TwoStage', 'Blocked', 'VQModel', 'recipe_for', 'make_codec', 'build', 'fit', 'inspect']
+           'VQVAE', 'OnCodes', 'own_colours', 'Repainted', 'Palette', 'Blocked', 'VQModel', 'Config', 'recipe_for',
+           'make_codec', 'build', 'blocked', 'inspect']
 
 # %% ../../nbs/03_codec/02_vqvae.ipynb #6e7855ab
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .vae import CodecModel, Decoder, Encoder
 from ..core.conditioning import WordTokenizer, count_calls, drawn_from
+from ..core.contracts import Config as RunConfig, Defaults, of_data
 from ..core.data import Draws
-from ..core.ema import settle, train_arm
-from ..core.training import Turn, everyone
+from ..core.training import everyone
 
 # %% ../../nbs/03_codec/02_vqvae.ipynb #cdb4eb90
 # ---- the nearest code ----
@@ -151,6 +153,7 @@ class VectorQuantizer(Codebook):
 # ---- the network ----
 class VQVAE(nn.Module):
     "Encoder, nearest codes, decoder: a picture becomes a grid of whole numbers and back"
+    limit = math.inf # codes are no numbers that a sampler may clamp
     def __init__(self,
         channels:int=3,     # of the pictures
         widths=(32,64),     # channels on each grid; every one halves the side
@@ -172,11 +175,12 @@ class VQVAE(nn.Module):
     )->tuple:  # rows and columns of codes
         return tuple(s//self.factor-2*self.trim for s in shape[1:])
     @torch.no_grad()
-    def codes(self,
+    def encode(self,
         x:Tensor, # (b c h w) pictures
     )->Tensor:    # (b h w) int64
         return self.quantizer(self.encoder(x)).ids
-    def decode_codes(self,
+    def sample(self, z:Tensor, noise=None)->Tensor: return z # codes stay as they are
+    def decode(self,
         ids:Tensor, # (b h w) int64
     )->Tensor:      # (b c h w)
         return self.decoder(self.quantizer.embed(ids))
@@ -200,51 +204,137 @@ class VQVAE(nn.Module):
         return self.cost(x, *self(x, draws))
 
 # %% ../../nbs/03_codec/02_vqvae.ipynb #5603c8af
-class TwoStage:
-    "A codec, and then a prior over its codes: two stages of one run"
-    options = ('temperature','guidance')
+class OnCodes(Defaults):
+    "A prior over the codes of a finished codec, which stays as it is"
+    options = dict(temperature=(0., 10., False,
+                                'of the softmax over codes: below 1 likely codes become likelier'),
+                   guidance=(0., 50., False, 'how much more than without it the caption counts; 1 is none'))
     def __init__(self,
-        codec,           # a discrete codec: codes(x), decode_codes(ids), loss(x, draws), n_codes, grid(shape)
-        prior,           # loss(ids, cond, draws) -> (b); sample(cond, draws, config) -> ids; null, counted
-        share:float=.4,  # of the budget, for the codec
-        lr=(2e-3,2e-3),  # peak learning rates of codec and prior
-        **usual,         # further settings of both optimizers: betas, weight_decay
+        codec, # trained: encode(x) -> codes (b h w), decode(codes) -> x
+        prior, # prior(ids, cond, draws) -> (b) losses; sample(cond, draws, config) -> ids; null, counted
     ):
-        self.net = nn.ModuleDict(dict(codec=codec, prior=prior))
-        self.parts = {k:dict(lr=v, **usual) for k,v in zip(('codec','prior'), lr)}
-        self.artist = self.net
-        self.loss = [Turn('codec', self.codec_loss, 'codec', until=share),
-                     Turn('prior', self.prior_loss, 'prior', since=share, begin=settle('codec'))]
-    @property
-    def codec(self): return self.net['codec']
-    @property
-    def prior(self): return self.net['prior']
+        self.codec,self.prior,self.net = codec.eval().requires_grad_(False),prior,prior
     def to(self, device):
-        self.net.to(device)
+        self.codec.to(device)
         return self
-    def codec_loss(self, x0, cond, draws): return self.codec.loss(x0, draws)
-    def prior_loss(self, x0, cond, draws): return self.prior.loss(self.codec.codes(x0), cond, draws)
+    @property
+    def artist(self): return nn.ModuleDict(dict(codec=self.codec, prior=self.prior))
+    def loss(self, x0, cond, draws): # net: with many processes a wrapped one
+        return self.net(self.codec.encode(x0), cond, draws)
     def counted(self)->list: return self.prior.counted() # what runs once at every call of the network
-    def silent(self): return self.prior.null # (1) the caption that says nothing
-    # one a code and candidate, two with guidance
-    def calls(self, config:dict)->int: # network calls for one picture, counted
-        def nothing(captions): return self.silent()[torch.zeros(len(captions), dtype=torch.int64)]
-        return count_calls(self.painter(nothing, config), self.counted())
+    def calls(self, config)->int: # network calls for one picture: one a code and candidate, two with guidance
+        return count_calls(self.painter(self.nothing, config), self.counted())
+    def nothing(self, captions): return self.prior.null.expand(len(captions)) # captions that say nothing
+    def paint(self, cond, draws, config): # (b) captions -> (b c h w)
+        return self.codec.decode(self.prior.sample(cond, draws, config))
     def painter(self,
-        tok,         # captions -> Cond
-        config:dict, # as from a recipe
-    ):               # draw(captions, seed) -> (n c h w)
+        tok,    # captions -> Cond
+        config, # temperature, guidance
+    ):          # draw(captions, seed) -> (n c h w)
         "Codes from the prior, pictures from the codec"
         def paint(cond, draws):
-            was = self.net.training
-            self.net.eval()
-            x = self.codec.decode_codes(self.prior.sample(cond, draws, config))
-            self.net.train(was)
+            was = self.prior.training
+            self.prior.eval()
+            x = self.paint(cond, draws, config)
+            self.prior.train(was)
             return x
-        return drawn_from(paint, tok, next(self.net.parameters()).device)
+        return drawn_from(paint, tok, next(self.prior.parameters()).device)
+
+# %% ../../nbs/03_codec/02_vqvae.ipynb #9d26b32b
+# ---- codes of the colours, codes of the shapes ----
+def own_colours(
+    x:Tensor, # (b c h w) pictures
+)->tuple:     # centre (b c), axes (b c c), m (b c h w) within about [-1,1]: x ~ centre + axes @ m
+    "Turn the colours of each picture to its main directions, stretch each from -1 to 1; the rarer end is +1"
+    with torch.autocast(x.device.type, enabled=False):
+        f = x.flatten(2).float()
+        mean = f.mean(2, keepdim=True)
+        z = f-mean
+        _,turn = torch.linalg.eigh(z@z.mT/z.shape[2]+1e-6*torch.eye(z.shape[1], device=x.device))
+        turn = turn.flip(2)
+        turn = turn*torch.where((turn.mT@z).pow(3).mean(2)<0, -1., 1.)[:,None]
+        y = turn.mT@z
+        half,mid = (y.amax(2)-y.amin(2))/2,(y.amax(2)+y.amin(2))/2
+        m = (y-mid[...,None])/torch.maximum(half, .1*half[:,:1]).clamp_min(.02)[...,None]
+        return mean[...,0]+(turn@mid[...,None])[...,0],turn*half[:,None],m.view_as(x)
+
+# %% ../../nbs/03_codec/02_vqvae.ipynb #f15f0261
+class Repainted(NamedTuple):
+    "What a `Palette` makes of pictures, beside their repetition"
+    m: Tensor       # (b c h w) pictures in their own colours
+    m_hat: Tensor   # (b c h w) the same, repeated
+    numbers: Tensor # (b c + c c) centre and axes of the colours
+    said: Tensor    # (b c + c c) the same, repeated
+    loss: Tensor    # (b) what quantising costs
+
+# %% ../../nbs/03_codec/02_vqvae.ipynb #f15f0262
+class Palette(nn.Module):
+    "A VQ-VAE for pictures in their own colours; the first row of its grid holds codes of the colours"
+    limit = math.inf # codes are no numbers that a sampler may clamp
+    def __init__(self,
+        channels:int=3,  # of the pictures
+        widths=(32,64),  # as in `VQVAE`
+        n_codes:int=32,  # size of both codebooks
+        dim:int=8,       # numbers a code
+        columns:int=8,   # of the grid, and so codes of the colours
+        depth:int=1,     # residual blocks on each grid
+        **options,       # of `VectorQuantizer`
+    ):
+        super().__init__()
+        n = channels+channels**2
+        self.n_codes,self.columns = n_codes,columns
+        self.shapes = VQVAE(channels, widths, n_codes, dim, depth, **options)
+        self.colours = VectorQuantizer(n_codes, dim, **options)
+        self.squeeze = nn.Sequential(nn.Linear(n, 64), nn.SiLU(), nn.Linear(64, columns*dim))
+        self.spread = nn.Sequential(nn.Linear(columns*dim, 64), nn.SiLU(), nn.Linear(64, n))
+    @property
+    def encoder(self): return self.shapes.encoder
+    @property
+    def decoder(self): return self.shapes.decoder
+    def grid(self, shape)->tuple: # rows and columns of codes
+        h,w = self.shapes.grid(shape)
+        return h+1,w
+    def paint(self,
+        m:Tensor,       # (b c h w) a picture in its own colours
+        colours:Tensor, # (b dim 1 columns) codes of the colours
+    )->tuple:           # (b c h w) picture, (b c + c c) its centre and axes
+        said,c = self.spread(colours.flatten(1)).float(),m.shape[1]
+        axes = said[:,c:].unflatten(1, (c,c))
+        return said[:,:c,None,None]+torch.einsum('bij,bjhw->bihw', axes, m.float()),said
+    def look(self,
+        x:Tensor,         # (b c h w) pictures
+        draws:Draws=None, # of a training step
+    )->tuple:             # m (b c h w), centre and axes (b c + c c), Quantized colours
+        centre,axes,m = own_colours(x)
+        numbers = torch.cat([centre, axes.flatten(1)], 1)
+        z = self.squeeze(numbers).view(len(x), self.columns, 1, -1).permute(0,3,2,1)
+        return m,numbers,self.colours(z, draws)
+    def forward(self,
+        x:Tensor,         # (b c h w) pictures
+        draws:Draws=None, # of a training step
+    )->tuple:             # (b c h w) reconstruction, Repainted
+        m,numbers,colours = self.look(x, draws)
+        m_hat,shapes = self.shapes(m, draws)
+        y,said = self.paint(m_hat, colours.z_q)
+        return y,Repainted(m, m_hat, numbers, said, colours.loss+shapes.loss)
+    def cost(self,
+        x:Tensor,    # (b c h w) pictures
+        y:Tensor,    # (b c h w) reconstruction
+        q:Repainted, # the rest
+    )->Tensor:       # (b)
+        "Errors of the picture, of the picture in its own colours and of the colours; what quantising costs"
+        error = (y-x).square().flatten(1).mean(1)+(q.m_hat-q.m).square().sum(1).mean((1,2))
+        return error+(q.said-q.numbers).square().mean(1)+q.loss
+    def loss(self, x, draws=None): return self.cost(x, *self(x, draws)) # (b c h w) -> (b)
+    @torch.no_grad()
+    def encode(self, x:Tensor)->Tensor: # (b c h w) -> (b rows+1 columns) int64
+        m,_,colours = self.look(x)
+        return torch.cat([colours.ids, self.shapes.encode(m)], 1)
+    def sample(self, z:Tensor, noise=None)->Tensor: return z # codes stay as they are
+    def decode(self, ids:Tensor)->Tensor: # (b rows+1 columns) int64 -> (b c h w)
+        return self.paint(self.shapes.decode(ids[:,1:]), self.colours.embed(ids[:,:1]))[0]
 
 # %% ../../nbs/03_codec/02_vqvae.ipynb #90ba317d
-# ---- the sweep beside the chapter ----
 class Blocked(VectorQuantizer):
     "Without the straight-through step: the decoder sees the codes, its gradient ends there"
     def forward(self, z, draws=None):
@@ -260,56 +350,66 @@ class VQModel(CodecModel):
     ): super().__init__(codec, codec, self.train_loss)
     def train_loss(self, x0, cond, draws): # net: with many processes a wrapped one
         return self.codec.cost(x0, *self.net(x0, draws))
-    def reconstruct(self, x): return self.codec(x)[0]
 
 PICTURES = True # it trains on pictures, not on latents
 
+@dataclass(kw_only=True)
+class Config(RunConfig):
+    "What this recipe says, beside what every run says"
+    widths: list        # channels on each grid; every one halves the side
+    depth: int          # residual blocks on each grid
+    n_codes: int        # size of the codebook
+    dim: int            # numbers a code
+    trim: int           # rows and columns by which each side of the grid is smaller
+    beta: float         # weight of the commitment
+    ema: float|None     # share of the codebook's old mean that stays at each step; none: trained by gradients
+    restart: float      # a code with less of its fair part moves to a vector of the batch; 0: never
+    start: str          # first codes: data, uniform or normal
+    palette: bool=False # codes of the colours apart from those of the shapes
+
+# %% ../../nbs/03_codec/02_vqvae.ipynb #2950228c
 SIZES = dict( # one row a scale
-    smoke=dict(widths=(16,32), n_codes=32, dim=4, depth=1, batch=32, lr=4e-3),
-    demo =dict(widths=(32,64), n_codes=64, dim=8, depth=1, batch=32, lr=4e-3),
-    full =dict(widths=(128,256), n_codes=512, dim=64, depth=2, batch=128, lr=5e-4),
+    smoke=dict(widths=[16,32], n_codes=32, dim=4, depth=1, batch=32, lr=4e-3),
+    demo =dict(widths=[32,64], n_codes=64, dim=8, depth=1, batch=32, lr=4e-3),
+    full =dict(widths=[128,256], n_codes=512, dim=64, depth=2, batch=128, lr=5e-4),
 )
 
 def recipe_for(
     data,              # captioned pictures, sides multiples of 16
     scale:str='demo',  # smoke, demo or full
     seconds:float=None,# of training; every length has the same settings
-)->dict:               # JSON values
+)->Config:
     "Everything `build` needs to make the same codec again"
-    return dict(recipe='vqvae', data=data.name, shape=list(data.shape), words=list(data.words), max_len=data.size,
-                half_life=2_000, beta=.25, ema=.95, restart=.03, start='data', trim=0, **SIZES[scale])
+    return Config(recipe='vqvae', **of_data(data), half_life=2_000, beta=.25, ema=.95, restart=.03,
+                  start='data', trim=0, **SIZES[scale])
 
+# %% ../../nbs/03_codec/02_vqvae.ipynb #2950228d
 def make_codec(
-    config:dict, # as from `recipe_for`
-)->VQVAE:
+    config:Config, # as from `recipe_for`
+)->nn.Module:      # VQVAE or Palette
     "The codec alone"
-    own = {k:config[k] for k in ('widths','n_codes','dim','depth','trim','beta','ema','restart','start')}
-    return VQVAE(config['shape'][0], **own).to(memory_format=torch.channels_last)
+    own = {k:getattr(config, k) for k in 'widths n_codes dim depth beta ema restart start'.split()}
+    (c,_,width),n = config.shape,2**len(config.widths)
+    codec = Palette(c, columns=width//n, **own) if config.palette else VQVAE(c, trim=config.trim, **own)
+    return codec.to(memory_format=torch.channels_last)
 
 def build(
-    config:dict, # as from `recipe_for`
-)->tuple:        # tokenizer, VQModel with a fresh codec
+    config:Config, # as from `recipe_for`
+)->tuple:          # tokenizer, VQModel with a fresh codec
     "The codec of this chapter"
-    return WordTokenizer(config['words'], config['max_len']),VQModel(make_codec(config))
+    return WordTokenizer(config.words, config.max_len),VQModel(make_codec(config))
+
+# %% ../../nbs/03_codec/02_vqvae.ipynb #2950228e
+def blocked(
+    config:Config, # as from `recipe_for`
+):                 # change(model)
+    "Take the straight-through step away from a fresh model"
+    c = config
+    def change(model):
+        model.codec.quantizer = Blocked(c.n_codes, c.dim, c.beta, c.ema, c.restart, c.start)
+    return change
 
 # %% ../../nbs/03_codec/02_vqvae.ipynb #b3a2112f
-def fit(
-    data,           # captioned pictures
-    config:dict,    # as from `recipe_for`
-    images:int,     # training pictures
-    seed:int=0,     # of weights, data and restarts
-    precision:str='fp32',
-    quantizer=None, # a class in place of VectorQuantizer
-)->tuple:           # tokenizer, trained VQModel
-    "Train one codec"
-    torch.manual_seed(seed)
-    tok,model = build(config)
-    if quantizer:
-        own = {k:config[k] for k in ('beta','ema','restart','start')}
-        model.codec.quantizer = quantizer(config['n_codes'], config['dim'], **own)
-    train_arm(model, tok, data, config, images, seed, precision)
-    return tok,model
-
 @torch.no_grad()
 def inspect(
     codec,     # a trained discrete codec
@@ -319,9 +419,9 @@ def inspect(
     codec.eval()
     z = codec.encoder(x)
     e = codec.quantizer(z).z_q
-    ids = codec.codes(x)
+    ids = codec.encode(x)
     bits = ids[0].numel()*math.log2(codec.n_codes)
-    return dict(error=(codec.decode_codes(ids).clamp(-1, 1)-x).square().mean().item(),
+    return dict(error=(codec.decode(ids).clamp(-1, 1)-x).square().mean().item(),
                 perplexity=perplexity(ids, codec.n_codes),
                 dead=dead(ids, codec.n_codes), n_codes=codec.n_codes, bits=bits, tokens=ids[0].numel(),
                 used_bits=ids[0].numel()*math.log2(perplexity(ids, codec.n_codes)),

@@ -1,4 +1,4 @@
-"""What a recipe is made of, as types: data, codec, tokenizer, process, model, and the module that holds them together."""
+"""What a recipe is made of, as types: data, codec, tokenizer, process, model, and the module itself."""
 
 from typing import Protocol, runtime_checkable
 
@@ -25,7 +25,7 @@ class Data(Protocol):
     size: int  # tokens of the longest caption, its start included
     source: str  # where the pictures come from, for reports
     fingerprint: str  # another one when the pictures change
-    group: int  # this many consecutive indices have one shape; a batch is a multiple of it
+    group: int  # this many consecutive indices have one shape; a batch is a multiple or a part of it
 
     def batch(self, split: str, draws):  # Draws -> Batch
         "The captioned pictures with these indices"
@@ -43,15 +43,15 @@ class Codec(Protocol):
     limit: float  # numbers of x0 lie (nearly all) in [-limit, limit]; where a sampler may clamp
 
     def grid(self, shape: tuple) -> tuple:
-        "Shape of x0 for pictures of this shape (c, h, w)"
+        "Shape of x0 for pictures of this shape (c, h, w); codes on several grids: a shape of each"
         ...
 
     def encode(self, x: Tensor) -> Tensor:
-        "Pictures (b c h w) to z: deterministic, what is kept on disk. Codes are int64 (b h w)"
+        "Pictures (b c h w) to z: deterministic, kept on disk. Codes are int64 (b h w), or a tuple of such"
         ...
 
     def sample(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
-        "z to x0, what a model learns: a whitened draw from the posterior; without noise its mean. Codes stay codes"
+        "z to x0, what a model learns: a whitened draw of the posterior; no noise: its mean. Codes stay codes"
         ...
 
     def decode(self, x0: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ class Defaults:
 
 @runtime_checkable
 class Recipe(Protocol):
-    "A module that `t2i train` finds by its name. With `uses_for(config)` it says which finished runs it stands on"
+    "A module that `t2i train` finds by its name. `uses_for(config)` says which finished runs it stands on"
 
     Config: type
 

@@ -1,4 +1,4 @@
-"""What a network costs: parameters, multiply-adds, memory of a training step, and the peak of the machine that it runs on."""
+"""What a network costs: parameters, multiply-adds, memory of a step, and the peak of its machine."""
 
 import os
 import time
@@ -25,7 +25,7 @@ def parameters(
 def multiply_adds(
     run,  # called with nothing
 ) -> int:
-    "Of all matrix products and convolutions while it runs; attention in its plain form, which is what torch counts everywhere"
+    "Of all matrix products and convolutions; attention in its plain form, which torch counts everywhere"
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as f:
         run()
     return f.get_total_flops() // 2
@@ -63,7 +63,7 @@ class Kept(NamedTuple):
 def kept(
     net: nn.Module,  # its weights are counted elsewhere
     run,  # called with nothing; gives losses
-    blocks: dict = None,  # name -> module: what checkpointing would compute again; none: the whole network is kept
+    blocks: dict = None,  # name -> module: what checkpointing would compute again; none: all is kept
 ) -> Kept:
     "Every tensor that autograd saves passes through our hands; two views of one memory count once"
     own = {t.untyped_storage()._cdata for t in (*net.parameters(), *net.buffers())}
@@ -152,18 +152,23 @@ def in_turns(
     return took
 
 
+def wait(device):
+    "Until the device has done what it was given: GPUs work ahead of the program"
+    if str(device).startswith("cuda"):
+        torch.cuda.synchronize()
+
+
 def product(
     n: int,  # side of the matrices
     dtype=torch.float32,
     device: str = "cpu",
 ) -> tuple:  # floating point operations, a function that does them
-    "A product of two square matrices, waited for: GPUs work ahead of the program"
+    "A product of two square matrices, waited for"
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
 
     def run():
         a @ b
-        if str(device).startswith("cuda"):
-            torch.cuda.synchronize()
+        wait(device)
 
     return 2 * n**3, run
 
@@ -175,7 +180,9 @@ def convolution(
 ) -> tuple:  # floating point operations, a function that does them
     "A 3x3 convolution that keeps the number of channels"
     b, c, h, w = shape
-    conv = nn.Conv2d(c, c, 3, padding=1).to(dtype).to(memory_format=torch.channels_last)
+    conv = (
+        nn.Conv2d(c, c, 3, padding=1).to(dtype).to(memory_format=torch.channels_last).requires_grad_(backward)
+    )
     x = (
         torch.randn(b, c, h, w)
         .to(dtype)

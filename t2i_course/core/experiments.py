@@ -185,8 +185,7 @@ def setting(
     **more,        # what else is the same for all arms
 )->dict:
     "What all arms of a sweep share, for the key 'setting' of its result file"
-    real = reference(data, judge or judge_for(data), n or sizes['n'])
-    floor = real.get('floor', real)['fd_floor']
+    floor = reference(data, judge or judge_for(data), n or sizes['n'])['floor']['fd_floor']
     return dict(sizes, precision=best_precision(), seeds=list(seeds), fd_floor=floor)|more
 
 # %% ../../nbs/01_core/07_experiments.ipynb #1954c9f4

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'FIRST_USE', 'SEED', 'K', 'N_SPLITS', 'LEAST', 'DRAWINGS', 'Judge', 'augment', 'judge_split', 'train_judge',
-           'class_accuracy', 'fingerprint', 'save_judge', 'read_card', 'read_judge', 'weights_path', 'load_judge',
-           'judge_for', 'passes', 'obeys', 'obedience', 'shuffled', 'distinct', 'at_most', 'ceilings', 'moments',
-           'frechet', 'kid', 'even_order', 'cut_at', 'real_floor', 'precision_recall', 'glyph_space', 'pixel_space',
-           'nearest', 'nearest_rate', 'broken_strokes', 'RandomFeatures', 'real_distances', 'copy_space', 'n_seen',
-           'n_unseen', 'n_real', 'protocol', 'real_side', 'judged_side', 'reference', 'held_out', 'paired_gap',
-           'held_out_row', 'judged_row', 'plain_row', 'evaluate', 'make_judges']
+           'class_accuracy', 'save_judge', 'read_card', 'read_judge', 'weights_path', 'load_judge', 'judge_for',
+           'passes', 'obeys', 'obedience', 'shuffled', 'distinct', 'at_most', 'ceilings', 'moments', 'frechet', 'kid',
+           'even_order', 'cut_at', 'real_floor', 'precision_recall', 'glyph_space', 'pixel_space', 'nearest',
+           'nearest_rate', 'broken_strokes', 'RandomFeatures', 'real_distances', 'copy_space', 'n_seen', 'n_unseen',
+           'n_real', 'protocol', 'real_side', 'judged_side', 'reference', 'held_out', 'paired_gap', 'held_out_row',
+           'judged_row', 'plain_row', 'evaluate', 'make_judges']
 
 # %% ../../nbs/01_core/05_metrics.ipynb #3782d0f3
 import hashlib, json, math, platform, time
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes, save as to_bytes
 from torch import nn, Tensor
 from .data import Draws, dial
-from .files import CourseError, not_written, write_json, write_whole
+from .files import CourseError, fingerprint, not_written, write_json, write_whole
 from .sources import load
 from .conditioning import raw_cond
 from .training import State, has_bf16, train
@@ -145,15 +145,6 @@ def class_accuracy(
 
 # %% ../../nbs/01_core/05_metrics.ipynb #105dfbdc
 # ---- weights on disk ----
-def fingerprint(
-    judge:Judge, # any judge
-)->str:          # 12 hexadecimal digits
-    "Which feature network a number was measured with"
-    h = hashlib.sha256()
-    for k,v in sorted(judge.state_dict().items()):
-        if v.is_floating_point(): h.update(k.encode()+v.cpu().numpy().tobytes())
-    return h.hexdigest()[:12]
-
 def save_judge(
     judge:Judge, # a trained judge
     path,        # .safetensors; a .json with the same name says what it is
@@ -220,6 +211,7 @@ def load_judge(
                           'Use judge_for(data): it trains one on first use.')
     return read_judge(weights_path(name))
 
+# %% ../../nbs/01_core/05_metrics.ipynb #we1ghts4
 def judge_for(
     data,          # captioned pictures
     progress=None, # called with each Record when one has to be trained
@@ -262,6 +254,7 @@ def obeys(
     return dict(all=share([all(ok.values()) for ok in each if ok]),
                 **{k:share([ok[k] for ok in each if k in ok]) for k in data.attributes})
 
+# %% ../../nbs/01_core/05_metrics.ipynb #obey0002
 def obedience(
     judge:Judge, # reads the pictures
     x:Tensor,    # (n c h w) pictures in [-1,1]
@@ -296,6 +289,7 @@ def at_most(
     if n>most: say(f'{data.name} has {most:,} test pictures: {most:,} are used, not {n:,}')
     return int(min(n, most))
 
+# %% ../../nbs/01_core/05_metrics.ipynb #cei11ngs
 def ceilings(
     judge:Judge,  # any judge
     data,         # captioned pictures
@@ -439,6 +433,7 @@ def glyph_space(
     g = F.grid_sample(m[:,None], grid, align_corners=False)
     return F.normalize(F.avg_pool2d(g, 3, 1, 1).flatten(1), dim=1)
 
+# %% ../../nbs/01_core/05_metrics.ipynb #p1xe1spa
 def pixel_space(
     x:Tensor, # (n c h w) pictures in [-1,1]
 )->Tensor:    # (n d)
@@ -502,6 +497,7 @@ class RandomFeatures:
     )->Tensor:    # (n k) on the CPU
         return (self.raw(x)-self.mean)@self.axes
 
+# %% ../../nbs/01_core/05_metrics.ipynb #anydata3
 LEAST = 10 # drawings that a distance needs
 
 def real_distances(
@@ -537,6 +533,7 @@ def n_unseen(
 )->int:    # unseen real pictures that say how near to a training picture is too near
     return int(min(distinct(data, 'test'), 4*n))
 
+# %% ../../nbs/01_core/05_metrics.ipynb #pr0toco0
 def n_real(
     data,  # captioned pictures with attributes
     n:int, # drawings
@@ -566,6 +563,7 @@ def protocol(
     net = f'judge {fingerprint(judge)}, 64 numbers a picture, standardised over its training pictures'
     return dict(data=data.name, n=n, seed=SEED, features=net, k=K, **(_of_labels if finite else _of_scenes)(data, n))|near
 
+# %% ../../nbs/01_core/05_metrics.ipynb #pr0toco3
 _EACH = 'KID (polynomial kernel, degree 3, unbiased), precision and recall: {} drawings against {} reference pictures'
 
 def _of_scenes(data, n):
@@ -622,6 +620,7 @@ def judged_side(
     return r|dict(ceiling=obeys(read, data, real.captions), chance=obeys(read, data, wrong)['all'],
                   chance_oracle=obeys(real.attrs, data, wrong)['all'])
 
+# %% ../../nbs/01_core/05_metrics.ipynb #ref3ren2
 def reference(
     data,        # captioned pictures
     judge:Judge, # or None
@@ -661,6 +660,7 @@ def held_out(
     except (AttributeError, CourseError): pass # a set without partners, or too few captions to deal their inks out anew
     return _kept.setdefault(key, {k:(b.captions, obedience(judge, b.x, data, b.captions)['all']) for k,b in sets.items()})
 
+# %% ../../nbs/01_core/05_metrics.ipynb #pa1redga
 def paired_gap(
     first,  # n truths
     second, # n truths of the same cases
@@ -706,6 +706,7 @@ def judged_row(
         row |= dict(fd_unseen=frechet(f, r['unseen']), fd_unseen_floor=r['floor']['fd_floor']*share, n_unseen=m)
     return row|{k:r[k] for k in ('fd_train','kid_floor','precision_real','recall_real') if k in r}
 
+# %% ../../nbs/01_core/05_metrics.ipynb #p1ainrow
 def plain_row(
     r:dict,   # from `reference`
     x:Tensor, # (n c h w) drawings

@@ -1,135 +1,141 @@
-"""Run folders: what a training run leaves on disk, saved whole or not at all, and taken up again exactly."""
+"""Runs: opened when they are finished, followed while they train, taken up again exactly."""
 
-import hashlib
 import json
-import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
+import torch
 
-from t2i_course.core.files import CourseError, write_whole
-from t2i_course.core.guards import Stopped, asked_to_stop
-from t2i_course.core.sources import is_path
-from t2i_course.core.training import ALONE
-
-
-# what every config.json says
-NEEDED = ("recipe", "data", "shape", "images", "seconds", "seed", "precision", "threads")
-
-
-def read_config(
-    run,  # a run folder
-) -> dict:  # its config.json
-    "The settings of a run; raises CourseError when the folder is not a run"
-    path = Path(run) / "config.json"
-    if not path.is_file():
-        raise CourseError(
-            f"{run} is not a run folder (it has no config.json). "
-            f"Make one with: t2i train flow_matching --out {run}"
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise CourseError(f"{path} is not valid JSON ({e}). Train again into another folder.") from e
-    missing = [k for k in NEEDED if not isinstance(config, dict) or k not in config]
-    if missing:
-        raise CourseError(f"{path} lacks {', '.join(missing)}. Train again into another folder.")
-    return config
+from t2i_course.core.config import Config
+from t2i_course.core.ema import freeze
+from t2i_course.core.files import CourseError, between, load_tensors, write_whole
+from t2i_course.core.guards import Stopped, asked_to_stop, undisturbed
+from t2i_course.core.register import recipe
+from t2i_course.core.runfiles import belongs, config_hash, model_hash, place_of, read_config
+from t2i_course.core.training import ALONE, has_bf16, load_trained, pick_device
 
 
-def model_hash(
-    run,  # run folder
-) -> str:  # sha256 of its model, as the file says
-    "What a run that builds on this one remembers of it"
-    path = Path(run) / "model.safetensors"
-    if not path.is_file():
-        raise CourseError(
-            f"{run} has no trained model: finish it with t2i train --resume --out {run}, or put it back"
-        )
-    try:
-        with safe_open(path, "pt") as f:
-            header = f.metadata() or {}
-        return json.loads(header.get("note", "{}")).get("sha256") or header.get("sha256")
-    except Exception as e:
-        raise CourseError(f"{path} cannot be read ({e}): it is damaged. Take it from a backup.") from e
-
-
-def config_hash(
-    config: dict,  # settings of a run
-) -> str:  # 16 hex digits
-    "Ties checkpoints and models to the settings they were made with; where folders lie does not matter,"
-    "they may be moved"
-    config = {k: v for k, v in config.items() if k != "codec" and not (k == "data" and is_path(v))}
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def belongs(
-    note: dict,  # of a checkpoint or model
-    config: dict,  # settings of a run
+# ---- finished runs ----
+def in_hardware(
+    precision: str,  # fp32, bf16 or fp16
+    device: str,
 ) -> bool:
-    "Was it made with these settings? The hash of earlier versions held the places of folders too"
-    whole = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
-    return note.get("config") in (config_hash(config), whole)
+    "Does the device compute in this precision? If not, it emulates it, many times more slowly than float32"
+    if precision == "fp32":
+        return True
+    return has_bf16(device) if precision == "bf16" else not device.startswith("cpu")
 
 
-def codec_place(
-    run,  # run folder
-    config: dict,  # its settings
-) -> Path:  # run folder of the codec that it was trained with; None when there is none
-    "Written down as seen from the run, so that both can be moved together"
-    if not config.get("codec"):
-        return None
-    path = Path(config["codec"])  # earlier versions wrote the whole path
-    return path if path.is_absolute() else Path(os.path.normpath(Path(run).resolve() / path))
+@dataclass
+class Finished:
+    "A finished run: to draw with, or for another run to stand on"
+
+    tok: object  # captions -> Cond
+    model: object  # as the recipe builds it, with the averaged weights; nothing of it learns any more
+    config: Config
+    run: Path  # its folder
+
+    def draw(
+        self,
+        captions,  # n texts; '' draws without condition
+        seed=0,  # of the noise
+        each=None,  # each(k) hears of every k pictures that are drawn
+        **options,  # of the model; None where the config's own value is wanted
+    ) -> torch.Tensor:  # (n c h w) in [-1,1]
+        "Pictures of captions; the noise of a picture depends on the seed and its place alone"
+        config = self.config | self.checked(options)
+        if (
+            config.get("guidance") == 0
+        ):  # outside the guidance interval, among candidates and in retrieval too
+            captions, config = [""] * len(captions), config | dict(guidance=self.config.guidance or 1.0)
+        low = torch.float16 if config.precision == "fp16" else torch.bfloat16
+        device = pick_device()
+        draw = self.model.painter(self.tok, config)
+        narrow = config.precision != "fp32" and in_hardware(config.precision, device)
+        with torch.autocast(torch.device(device).type, low, enabled=narrow):
+            return draw(captions, seed, each).clamp(-1, 1)
+
+    def checked(
+        self,
+        options: dict,  # name -> value, None where it was not given
+    ) -> dict:  # those that were given
+        "Options of the model, each in its range"
+        given = {k: v for k, v in options.items() if v is not None}
+        for name, value in given.items():
+            if name not in self.model.options:
+                have = ", ".join(self.model.options)
+                raise CourseError(f"{self.config.recipe} has no option {name}; it has {have or 'none'}")
+            low, high, whole, _ = self.model.options[name]
+            between(value, low, high, f"--{name.replace('_', '-')}", whole)
+        return given
 
 
-def codec_run(
-    run,  # run folder
-    config: dict,  # its settings
-) -> Path:  # run folder of its codec, None when there is none
-    "The same, and still the codec that the run was trained with"
-    path = codec_place(run, config)
-    if path is None:
-        return None
-    if not (path / "config.json").is_file():
+def open_run(
+    run,  # a run folder
+) -> Finished:
+    "A finished run, with all it stands on; a damaged, changed or unfinished one is refused with a sentence"
+    run, config = Path(run), read_config(run)
+    path = run / "model.safetensors"
+    if not path.exists():
+        raise CourseError(f"{run} is not trained to the end yet: go on with t2i train --resume --out {run}")
+    tensors, note = load_tensors(path)
+    if not belongs(note, config):
         raise CourseError(
-            f"{run} uses the codec of {path}, which is not there: put it back, move both together, "
-            f"or write down its new place with: t2i train --resume --out {run} --codec RUN"
+            f"{path} belongs to other settings than {run}/config.json. Train again into another folder."
         )
-    if config.get("codec_model") not in (None, model_hash(path)):
-        raise CourseError(
-            f"{run} was trained with another codec than the one that is now in {path} "
-            "(the hash of its model differs): put the old one back, or train again"
-        )
-    return path
+    uses = open_uses(run, config)
+    with undisturbed():
+        tok, model = recipe(config.recipe).build(config, **uses)
+    freeze(model)
+
+    def own(prefix):
+        return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+    load_trained(model.net, own("net."))
+    device = pick_device()
+    model.net.to(device).eval().requires_grad_(False)
+    model.to(device)
+    model.extra = {k: v.to(device) for k, v in own("extra.").items()}
+    return Finished(tok, model, config, run)
 
 
-def seen_from(
-    run,  # run folder
-    path,  # another folder
-) -> str:  # the way there
-    "The path of a folder as seen from a run"
-    path = Path(path).resolve()
-    try:
-        return Path(os.path.relpath(path, Path(run).resolve())).as_posix()
-    except ValueError:
-        return str(path)  # on another drive
+def open_uses(
+    run,  # a run folder, which need not be finished
+    config: Config,  # its settings
+) -> dict:  # role -> Finished
+    "The finished runs that a run stands on, still the ones that it was trained with"
+    found = {}
+    for role, used in config.uses.items():
+        path = place_of(run, used["run"])
+        if not (path / "config.json").is_file():
+            raise CourseError(
+                f"{run} uses the {role} of {path}, which is not there: put it back, move both together, "
+                f"or write down its new place with: t2i train --resume --out {run} --use {role}=RUN"
+            )
+        if used["model"] != model_hash(path):
+            raise CourseError(
+                f"{run} was trained with another {role} than the one that is now in {path} "
+                "(the hash of its model differs): put the old one back, or train again"
+            )
+        found[role] = open_run(path)
+    return found
 
 
+# ---- a run that trains ----
 def follow(
     state,  # a State of core.training
     records,  # the generator `train(state, ...)`
     run,  # run folder
-    config: dict,  # settings of the run; a checkpoint of another config is refused
-    extra: dict = None,  # further tensors to keep with the run (a fitted skip)
+    config: Config,  # settings of the run; a checkpoint of another config is refused
+    extra=dict,  # extra() gives further tensors to keep with the run
     every: float = 20.0,  # seconds between checkpoints
     ranks=ALONE,  # the processes that share the work: they save together
 ):  # yields the records
     "Train with a safety net: checkpoints as time passes, on Ctrl-C, on SIGTERM and at the end"
 
     def save():
-        ranks.save(state, Path(run), dict(config=config_hash(config)), extra)
+        ranks.save(state, Path(run), dict(config=config_hash(config)), extra())
 
     last = time.monotonic()
     with asked_to_stop() as stop:
@@ -148,7 +154,7 @@ def follow(
 def resume(
     state,  # a fresh State of the same network
     run,  # run folder
-    config: dict,  # settings of the run
+    config: Config,  # settings of the run
     ranks=ALONE,  # the processes that share the work: they load together
 ) -> dict:  # the extra tensors; None when there is no checkpoint yet
     "Load the last checkpoint into the state; clears away what a killed process left half-written"

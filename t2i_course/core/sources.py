@@ -7,6 +7,7 @@ from t2i_course.core.data import Digits, Painted, PaintedTwo
 from t2i_course.core.downloads import Vision
 from t2i_course.core.files import CourseError, say_once
 from t2i_course.core.folders import Folder
+from t2i_course.core.shards import Shards, is_shards
 
 
 DATA = ("digits", "painted", "painted2", "mnist", "fashion", "cifar10")
@@ -30,12 +31,14 @@ def is_path(
 def load(
     name,  # one of DATA, or the path of a folder: captioned images, or made by t2i prepare
     size: int = None,  # side of a folder's pictures; default 32
+    codec=None,  # of shards of latents: the codec that made them
 ):  # a Data of core.contracts: name, shape, splits, words, batch(split, draws), demands, ...
     "Any data set of the course by its name, or pictures of your own"
     if size is not None and size not in SIDES:
         raise CourseError(f"--size must be a multiple of 8 from {SIDES[0]} to {SIDES[-1]}; got {size}")
     if is_path(name):
-        return on_disk(name, size)
+        return on_disk(name, size, codec)
+    no_codec(name, codec)
     here = f"the folder of that name is ./{name}" if Path(name).is_dir() else ""
     if name not in DATA:
         raise CourseError(
@@ -58,15 +61,19 @@ def origin(
     return data.origin() if hasattr(data, "origin") else data
 
 
-def on_disk(path, size=None):
-    "What a folder holds: captioned images, or shards made by t2i prepare"
-    from t2i_course.scale.recipes import Shards, is_shards  # a chapter: only when asked for
+def no_codec(name, codec):
+    if codec is not None:
+        raise CourseError(f"--codec is for shards of latents; {name} is not a folder made by t2i prepare")
 
+
+def on_disk(path, size=None, codec=None):
+    "What a folder holds: captioned images, or shards made by t2i prepare"
     folder = Path(path).expanduser()
     if not is_shards(folder):
+        no_codec(path, codec)
         return Folder(folder, size or 32)
     if size:
         raise CourseError(
             f"{path} holds shards of pictures, which have their size: give --size to t2i prepare"
         )
-    return Shards(folder)
+    return Shards(folder, codec, load=load)

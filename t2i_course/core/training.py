@@ -169,7 +169,8 @@ class Alone:
     rank,size = 0,1
     def mine(self, part:Tensor)->Tensor: return part    # its share of a micro-batch
     def sum(self, *values)->list: return list(values)   # over all processes
-    def first(self, value): return value                # what process 0 says
+    def first(self, value): return value                # what process 0 says, a number
+    def tell(self, value): return value                 # the same, of any JSON value
     def same(self, tensors:dict): pass                  # in place: those of process 0, for all
     def whole(self, t:Tensor)->Tensor: return t         # a tensor put together from its shards
     def wait(self): pass                                # until all have come so far

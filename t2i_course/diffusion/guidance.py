@@ -18,7 +18,7 @@ from torch import nn, Tensor
 from ..core.conditioning import Cond, cat
 from ..core.data import Draws, HELD_OUT, INKS, NUMBERS, WEIGHTS, an
 from ..core.ema import EMA
-from ..core.metrics import SEED, evaluate, glyph_space, judge_for
+from ..core.metrics import evaluate, glyph_space, judge_for, reference
 from ..core.training import State, feed, pick_device, train
 from .ddpm import Config, Denoiser, ResBlock, VP, drawer, fourier, guided, linear_betas
 from .ddpm import recipe_for, sample, solve, text_unet, uniform_times, v
@@ -42,7 +42,7 @@ class Nulls(nn.Module):
         kind = cond.ids[:,:1]
         out = self.encoder(cond.map(lambda f: f.clamp_min(0) if f.dtype==torch.int64 else f))
         put = lambda f,kind: torch.where(kind==LEARNED, self.nothing, torch.where(kind==ZEROS, 0., f))
-        return Cond(put(out.seq, kind[:,:,None]), put(out.pooled, kind), out.mask, out.ids)
+        return out.encoded(put(out.seq, kind[:,:,None]), put(out.pooled, kind))
 
 def nulls(
     tok,   # captions -> Cond
@@ -128,9 +128,9 @@ def measured(
     row = evaluate(keep, data, judge, n, seed, held)
     captions,x = seen['first']
     wanted = demanded(data, captions)
-    real = data.batch('test', Draws(SEED, torch.arange(row['n'], 2*row['n']))).x # of these captions
+    real = reference(data, judge, row['n'])['real'] # unseen ones of the protocol
     return row|dict(fd_floors=row['fd']/row['fd_floor'], diversity=diversity(x, shown(judge, x, wanted)),
-                    diversity_real=diversity(real, wanted))
+                    diversity_real=diversity(real.x, demanded(data, real.captions)))
 
 # %% ../../nbs/04_diffusion/05_guidance.ipynb #705d1943
 # ---- guidance with a classifier ----

@@ -7,17 +7,19 @@ __all__ = ['STD', 'LOSSES', 'SIZES', 'KINDS', 'ring_centres', 'no_caption', 'rin
            'covered', 'logistic_d', 'saturating_g', 'nonsaturating_g', 'hinge_d', 'hinge_g', 'dirac_field',
            'dirac_path', 'dirac_eigenvalues', 'squared_gradient', 'gradient_penalty', 'lazy_adam', 'relativistic_d',
            'relativistic_g', 'GAN', 'point_gan', 'train_ring', 'points', 'leaky', 'GenBlock', 'ConvGenerator',
-           'ConvDiscriminator', 'stages', 'recipe_for', 'caption_encoder', 'build', 'make_arm', 'generator_gradient',
-           'ahead', 'Stacked', 'modes_of']
+           'ConvDiscriminator', 'GANConfig', 'Config', 'stages', 'any_order', 'recipe_for', 'build',
+           'generator_gradient', 'ahead', 'Stacked', 'modes_of']
 
 # %% ../../nbs/02_gan/01_adversarial.ipynb #cfa5b160
 import inspect, math
+from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core.conditioning import (Cond, TextEncoder, WordBag, WordTokenizer, cat, drawn_from,
+from ..core.contracts import Config as RunConfig, Defaults, of_data
+from ..core.conditioning import (Cond, WordTokenizer, caption_encoder, cat, count_calls, drawn_from,
                                           raw_cond)
-from ..core.data import Batch, Digits, Draws, Labelled, Painted
+from ..core.data import Batch, Digits, Draws, split_words
 from ..core.ema import state_for
 from ..core.plots import COLOURS, DPI, Figure, canvas
 from ..core.training import Turn, feed, train
@@ -234,9 +236,9 @@ LOSSES = dict(logistic=(logistic_d, nonsaturating_g), saturating=(logistic_d, sa
 
 # %% ../../nbs/02_gan/01_adversarial.ipynb #81a74a05
 # ---- the game ----
-class GAN:
+class GAN(Defaults):
     "A generator, a discriminator, and the turns in which they are trained"
-    options = ('truncation',)
+    options = dict(truncation=(0., 10., False, 'factor on z: below 1 drawings are typical and alike'))
     def __init__(self,
         gen,                    # gen(z (b z_dim), cond) -> (b ...) pictures
         disc,                   # disc(x, cond) -> (b) logits
@@ -254,7 +256,6 @@ class GAN:
         self.gamma,self.every,self.fake_too = gamma,every,fake_too
         self.paired = len(inspect.signature(g_loss).parameters)>1
         self.parts = dict(gen=lazy_adam(lr[0], betas, 1), disc=lazy_adam(lr[1], betas, every if gamma else 1))
-    def to(self, device): return self
     @property
     def artist(self): return self.net['gen']
     @property
@@ -297,12 +298,13 @@ class GAN:
         return self.g_loss(d_real, d_fake)
 
     def counted(self)->list: return [self.net['gen']] # what runs once at every call of the network
-    def calls(self, config:dict)->int: return 1 # of the generator for one picture
+    def calls(self, config)->int: # network calls for one picture, counted
+        return count_calls(self.painter(WordTokenizer(config.words, config.max_len), config), self.counted())
     def painter(self,
-        tok,         # captions -> Cond
-        config:dict, # truncation: factor on z
-    ):               # draw(captions, seed) -> (n c h w)
-        gen,shrink = self.artist,config.get('truncation', 1.)
+        tok,    # captions -> Cond
+        config, # truncation: factor on z
+    ):          # draw(captions, seed) -> (n c h w)
+        gen,shrink = self.artist,config.truncation
         def paint(cond, draws):
             was = gen.training
             gen.eval()
@@ -452,10 +454,32 @@ class ConvDiscriminator(nn.Module):
 
 # %% ../../nbs/02_gan/01_adversarial.ipynb #e9eef4d8
 # ---- the recipe ----
-SIZES = dict( # one row a scale; widths coarsest grid first
-    smoke=dict(widths=(32,24,16),  depth=0, d_emb=32,  z_dim=16, dim=16, n_layers=1, batch=32),
-    demo =dict(widths=(128,64,32), depth=0, d_emb=128, z_dim=64, dim=64, n_layers=1, batch=32),
-    full =dict(widths=(512,256,128), depth=2, d_emb=512, z_dim=128, dim=256, n_layers=4, batch=256),
+@dataclass(kw_only=True)
+class GANConfig(RunConfig):
+    "What every GAN of the course says, beside what every run says; `lr` is the generator's learning rate"
+    lr_disc: float   # learning rate of the discriminator
+    betas_gan: list  # of both Adams
+    z_dim: int       # numbers in z
+    dim: int         # width of the caption's vector
+    n_layers: int    # of each text encoder; 0: a bag of words
+    truncation: float # how far drawings go from the middle
+
+@dataclass(kw_only=True)
+class Config(GANConfig):
+    "What this recipe says"
+    loss: str        # key of LOSSES
+    gamma: float     # weight of the gradient penalty, which counts gamma/2; 0: none
+    every: int       # the penalty at each k-th step only, k times as strong
+    fake_too: bool   # R2: the penalty on drawn pictures as well
+    widths: list     # channels of the generator, coarsest grid first
+    depth: int       # residual blocks a grid
+    d_emb: int       # width of the vector that z and the caption make
+
+# %% ../../nbs/02_gan/01_adversarial.ipynb #17e57b51
+SIZES = dict( # one row a scale
+    smoke=dict(widths=[32,24,16],  depth=0, d_emb=32,  z_dim=16, dim=16, n_layers=1, batch=32),
+    demo =dict(widths=[128,64,32], depth=0, d_emb=128, z_dim=64, dim=64, n_layers=1, batch=32),
+    full =dict(widths=[512,256,128], depth=2, d_emb=512, z_dim=128, dim=256, n_layers=4, batch=256),
 )
 
 def stages(
@@ -463,56 +487,41 @@ def stages(
 )->int:       # grids: the coarsest has a side of 4 to 7, the finest half of the picture's
     return max(1, int(math.log2(side/8))+1)
 
+def any_order(
+    data, # captioned pictures
+)->bool:  # False also where nothing is known of the captions
+    "Does each word say the same wherever it stands, so that a bag of words is enough?"
+    said = [{w for v in values for w in split_words(v)} for values in data.attributes.values()]
+    return bool(said) and len(set().union(*said))==sum(map(len, said))
+
 def recipe_for(
     data,               # captioned pictures
     scale:str='demo',   # smoke, demo or full
     seconds:float=None, # training time, if it is known
-)->dict:                # JSON values
+)->Config:
     "Everything `build` needs to make the same model again"
-    config = dict(recipe='gan', data=data.name, shape=list(data.shape), words=list(data.words), max_len=data.size,
-                  loss='relativistic', gamma=.3, every=1, fake_too=True, lr=3e-3, lr_disc=3e-3, betas_gan=[0.,.99],
-                  half_life=20_000, truncation=1., **SIZES[scale])
-    if isinstance(data, (Labelled, Painted)): config |= dict(n_layers=0) # no order of words to read: a bag of them is enough
-    if isinstance(data, Labelled): config |= dict(lr=8e-3, lr_disc=8e-3) # one stroke on one ground: larger steps
-    n = stages(min(data.shape[1:]))
-    return config|dict(widths=list(config['widths'][-n:]) if n<=3 else list(config['widths']))
-
-# %% ../../nbs/02_gan/01_adversarial.ipynb #17e57b51
-def caption_encoder(
-    tok,        # captions -> Cond
-    config:dict,# max_len, dim, n_layers
-)->nn.Module:
-    "A small transformer over the words; with 0 layers a bag of words"
-    dim,layers = config['dim'],config['n_layers']
-    return TextEncoder(len(tok), config['max_len'], dim, layers) if layers else WordBag(len(tok), dim)
-
-def build(
-    config:dict, # as from `recipe_for`
-)->tuple:        # tokenizer, GAN with fresh networks
-    "Each of the two networks has a text encoder of its own"
-    tok = WordTokenizer(config['words'], config['max_len'])
-    dim,widths,depth = config['dim'],config['widths'],config['depth']
-    gen = ConvGenerator(config['shape'], config['z_dim'], dim, caption_encoder(tok, config), widths, depth, config['d_emb'])
-    disc = ConvDiscriminator(config['shape'], dim, caption_encoder(tok, config), widths[::-1], depth, config['d_emb'])
-    d_loss,g_loss = LOSSES[config['loss']]
-    return tok,GAN(gen, disc, config['z_dim'], d_loss, g_loss, config['gamma'], config['every'], config['fake_too'],
-                   (config['lr'], config['lr_disc']), tuple(config['betas_gan']))
+    size,n = dict(SIZES[scale]),stages(min(data.shape[1:]))
+    if n<=3: size['widths'] = size['widths'][-n:]
+    if any_order(data): size['n_layers'] = 0
+    lr = 8e-3 if len(data.attributes)==1 else 3e-3 # one stroke on one ground: larger steps
+    return Config(recipe='adversarial', **of_data(data), loss='relativistic', gamma=.3, every=1,
+                  fake_too=True, lr=lr, lr_disc=lr, betas_gan=[0.,.99], half_life=20_000, truncation=1.,
+                  **size)
 
 # %% ../../nbs/02_gan/01_adversarial.ipynb #9baa813d
-def make_arm(
-    data,             # captioned pictures
-    scale:str,        # smoke, demo or full
-    seed:int=0,       # of the weights
-    shape=None,       # of other pictures than the data's
-    **change,         # entries of the recipe
-)->tuple:             # config, tokenizer, GAN
-    "One arm of a comparison"
-    torch.manual_seed(seed)
-    config = recipe_for(data, scale)|change
-    return config,*build(config)
+def build(
+    config:Config, # as from `recipe_for`
+)->tuple:          # tokenizer, GAN with fresh networks
+    "Each of the two networks has a text encoder of its own"
+    c,tok = config,WordTokenizer(config.words, config.max_len)
+    encoder = lambda: caption_encoder(tok, c.dim, c.n_layers)
+    gen = ConvGenerator(c.shape, c.z_dim, c.dim, encoder(), c.widths, c.depth, c.d_emb)
+    disc = ConvDiscriminator(c.shape, c.dim, encoder(), c.widths[::-1], c.depth, c.d_emb)
+    return tok,GAN(gen, disc, c.z_dim, *LOSSES[c.loss], c.gamma, c.every, c.fake_too, (c.lr, c.lr_disc),
+                   tuple(c.betas_gan))
 
 # %% ../../nbs/02_gan/01_adversarial.ipynb #c5eec84a
-KINDS = dict( # what a comparison calls a GAN of which kind
+KINDS = dict( # what a comparison calls a GAN of which kind: changes of the recipe
     vanilla=dict(loss='logistic', gamma=0., fake_too=False),
     r1=dict(loss='logistic', fake_too=False),
     r3=dict())
@@ -561,7 +570,9 @@ class Stacked:
     "A digit each in red, green and blue: which three is the mode"
     name,shape,attributes,words,size = 'stacked',(3,16,16),{},('three','digits'),3
     splits,source,caption = ('train','test'),'scikit-learn digits, split 4:1 by glyph','three digits'
+    fingerprint,group = 'stacked-1',1
     def __init__(self): self.digits = Digits()
+    def demands(self, caption:str)->dict: return {} # its caption says nothing of the digits
     def batch(self,
         split:str,   # train or test
         draws:Draws, # the random numbers of these images

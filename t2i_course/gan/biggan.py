@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['SIZES', 'power_step', 'Spectral', 'SNLinear', 'SNConv2d', 'ConditionalBN', 'PlainBN', 'UpBlock', 'Attention',
            'BigGenerator', 'DownBlock', 'BigDiscriminator', 'OneHot', 'published', 'truncated', 'off_diagonal',
-           'BigGAN', 'recipe_for', 'build', 'fresh', 'standing', 'within_classes', 'spectrum']
+           'BigGAN', 'Config', 'recipe_for', 'build', 'fresh', 'standing', 'within_classes', 'spectrum']
 
 # %% ../../nbs/02_gan/03_biggan.ipynb #1b02cc32
 import math
+from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core.conditioning import Cond, WordTokenizer, drawn_from
-from ..core.data import Draws, Labelled
-from ..core.metrics import at_most, frechet, precision_recall, reference
+from ..core.conditioning import Cond, WordTokenizer, caption_encoder, drawn_from
+from ..core.contracts import of_data
+from ..core.data import Draws
+from ..core.metrics import K, frechet, precision_recall, reference
 from ..core.training import Turn
-from .adversarial import GAN, caption_encoder, hinge_d, hinge_g
+from .adversarial import GAN, GANConfig, hinge_d, hinge_g
 
 # %% ../../nbs/02_gan/03_biggan.ipynb #b4f2765c
 # ---- spectral norm ----
@@ -240,7 +242,7 @@ class OneHot(nn.Module):
         cond:Cond, # ids (b 1)
     )->Cond:       # pooled (b n)
         hot = F.one_hot(cond.ids[:,0], self.n).float()
-        return Cond(hot[:,None], hot, cond.mask, cond.ids)
+        return cond.encoded(hot[:,None], hot)
 
 # %% ../../nbs/02_gan/03_biggan.ipynb #89ced26e
 # sizes: the released PyTorch code (github.com/ajbrock/BigGAN-PyTorch), launch_BigGAN_bs256x8.sh
@@ -289,6 +291,7 @@ class BigGAN(GAN):
     ):
         super().__init__(gen, disc, z_dim, hinge_d, hinge_g, gamma=0., lr=lr, betas=betas)
         self.ortho,self.d_steps = ortho,d_steps
+    options = dict(truncation=(0., 10., False, 'largest number in z: below 1 drawings are typical and alike'))
     @property
     def loss(self)->list: # Turns
         return [Turn('disc', self.disc_loss, 'disc'), Turn('gen', self.gen_loss, 'gen', every=self.d_steps)]
@@ -300,10 +303,10 @@ class BigGAN(GAN):
         with torch.autocast(x0.device.type, enabled=False):
             return loss+self.ortho*sum(map(off_diagonal, own))
     def painter(self,
-        tok,         # captions -> Cond
-        config:dict, # truncation: threshold of the noise
-    ):               # draw(captions, seed) -> (n c h w)
-        gen,threshold = self.artist,config['truncation']
+        tok,    # captions -> Cond
+        config, # truncation: threshold of the noise
+    ):          # draw(captions, seed) -> (n c h w)
+        gen,threshold = self.artist,config.truncation
         def paint(cond, draws):
             was = gen.training
             gen.eval()
@@ -313,44 +316,54 @@ class BigGAN(GAN):
 
 # %% ../../nbs/02_gan/03_biggan.ipynb #3377b9ca
 # ---- the recipe ----
-SIZES = dict( # one row a scale; channels in units of ch: generator coarsest grid first
+@dataclass(kw_only=True)
+class Config(GANConfig):
+    "What this recipe says; `truncation` is the threshold of the noise"
+    ch: int          # channels on the generator's finest grid; the coarser ones have 2 and 4 times as many
+    ch_disc: int     # channels on the discriminator's finest grid
+    d_shared: int    # numbers that every norm hears of the caption
+    ortho: float     # weight of `off_diagonal`; 0: filters at any angles
+    d_steps: int     # steps of the discriminator for one of the generator
+    concat: bool     # the caption beside all of z, and plain norms
+
+# %% ../../nbs/02_gan/03_biggan.ipynb #87b3393e
+SIZES = dict( # one row a scale
     smoke=dict(ch=16, ch_disc=24, z_dim=24,  dim=64,  n_layers=1, d_shared=16,  batch=32),
     demo =dict(ch=32, ch_disc=48, z_dim=96,  dim=96,  n_layers=1, d_shared=32,  batch=32),
-    full =dict(ch=96, ch_disc=96, z_dim=120, dim=256, n_layers=4, d_shared=128, batch=512, lr=1e-4, lr_disc=4e-4,
-               betas_gan=[0.,.999]), # the released code's rates
+    full =dict(ch=96, ch_disc=96, z_dim=120, dim=256, n_layers=4, d_shared=128, batch=512,
+               lr=1e-4, lr_disc=4e-4, betas_gan=[0.,.999]), # the released code's rates
 )
 
 def recipe_for(
     data,               # captioned pictures
     scale:str='demo',   # smoke, demo or full
     seconds:float=None, # training time, if it is known
-)->dict:                # JSON values
+)->Config:
     "Everything `build` needs to make the same model again"
-    config = dict(recipe='biggan', data=data.name, shape=list(data.shape), words=list(data.words), max_len=data.size,
-                  lr=1.5e-3, lr_disc=2e-3, betas_gan=[0.,.99], ortho=1e-4, d_steps=2, concat=False, half_life=10_000,
-                  truncation=2., **SIZES[scale])
-    return config|(dict(n_layers=0) if isinstance(data, Labelled) else {})
+    size = dict(lr=1.5e-3, lr_disc=2e-3, betas_gan=[0.,.99])|SIZES[scale]
+    if len(data.attributes)==1: size['n_layers'] = 0 # a label: no order of words to read
+    return Config(recipe='biggan', **of_data(data), ortho=1e-4, d_steps=2, concat=False, half_life=10_000,
+                  truncation=2., **size)
 
-# %% ../../nbs/02_gan/03_biggan.ipynb #87b3393e
+# %% ../../nbs/02_gan/03_biggan.ipynb #87b3393f
 def build(
-    config:dict, # as from `recipe_for`
-)->tuple:        # tokenizer, BigGAN with fresh networks
+    config:Config, # as from `recipe_for`
+)->tuple:          # tokenizer, BigGAN with fresh networks
     "Two enlargements, of 2x2 patches; the discriminator goes down to a grid of 4 to 7"
-    tok = WordTokenizer(config['words'], config['max_len'])
-    shape,ch,dim = config['shape'],config['ch'],config['dim']
-    n = max(1, int(math.log2(min(shape[1:])/8)))
-    gen = BigGenerator(shape, config['z_dim'], (4*ch,2*ch,ch), caption_encoder(tok, config), dim, config['d_shared'],
-                       attention=8, patch=2, concat=config['concat'])
-    down = [min(4, 2**i)*config['ch_disc'] for i in range(n+1)]
-    disc = BigDiscriminator(shape, down, caption_encoder(tok, config), dim, attention=8 if n>1 else 4, patch=2)
-    return tok,BigGAN(gen, disc, config['z_dim'], config['ortho'], config['d_steps'],
-                      (config['lr'], config['lr_disc']), tuple(config['betas_gan']))
+    c,tok = config,WordTokenizer(config.words, config.max_len)
+    encoder = lambda: caption_encoder(tok, c.dim, c.n_layers)
+    n = max(1, int(math.log2(min(c.shape[1:])/8)))
+    gen = BigGenerator(c.shape, c.z_dim, (4*c.ch, 2*c.ch, c.ch), encoder(), c.dim, c.d_shared, attention=8,
+                       patch=2, concat=c.concat)
+    down = [min(4, 2**i)*c.ch_disc for i in range(n+1)]
+    disc = BigDiscriminator(c.shape, down, encoder(), c.dim, attention=8 if n>1 else 4, patch=2)
+    return tok,BigGAN(gen, disc, c.z_dim, c.ortho, c.d_steps, (c.lr, c.lr_disc), tuple(c.betas_gan))
 
 # %% ../../nbs/02_gan/03_biggan.ipynb #be1c7cf9
 def fresh(
-    config:dict, # as from `recipe_for`
-    seed:int,    # of the weights
-)->tuple:        # tokenizer, BigGAN
+    config:Config, # as from `recipe_for`
+    seed:int,      # of the weights
+)->tuple:          # tokenizer, BigGAN
     torch.manual_seed(seed)
     return build(config)
 
@@ -390,12 +403,12 @@ def spectrum(
     seed:int=0,    # handed to draw
 )->dict:
     "Quality and variety of drawings: FD, obedience, how sure the judge is, spread in a class"
-    r = reference(data, judge, at_most(data, n))
+    r = reference(data, judge, n)
     labels = torch.arange(n)%len(data.sayings)
     x = draw([data.sayings[i] for i in labels], seed).clamp(-1, 1)
     f,(logits,) = judge.features(x),judge(x.to(judge.mean)).values()
     real = data.batch('test', Draws(300, torch.arange(n)))
-    precision,recall = precision_recall(r['features'], f, 5)
+    precision,recall = precision_recall(r['half'], f[:r['each']], K)
     spread = within_classes(judge.features(real.x), real.attrs[data.attribute])
     return dict(fd=frechet(f, r['features']), precision=precision, recall=recall,
                 obedience=(logits.argmax(1).cpu()==labels).double().mean().item(),

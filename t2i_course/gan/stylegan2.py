@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['GROUNDS', 'SIZES', 'Tinted', 'leaky', 'unit', 'Scaled', 'Mapping', 'modulated_conv', 'larger', 'StyledConv', 'ToRGB',
            'StyleBlock', 'Synthesis', 'Latents', 'StyleGenerator', 'ScaledConv', 'smaller', 'ResBlock', 'group_std',
-           'StyleDiscriminator', 'widths', 'path_lengths', 'StyleGAN', 'growth', 'shrunk', 'Large', 'Growing',
+           'StyleDiscriminator', 'widths', 'path_lengths', 'StyleGAN', 'growth', 'shrunk', 'Large', 'Growing', 'Config',
            'recipe_for', 'build', 'stroke', 'read_tinted', 'swapped', 'followers']
 
 # %% ../../nbs/02_gan/02_stylegan2.ipynb #b9f3945b
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core.conditioning import Cond, WordTokenizer, cat, drawn_from
-from ..core.data import Batch, Digits, Draws, INKS, Labelled, NUMBERS, Painted, n_tokens
+from ..core.conditioning import Cond, WordTokenizer, caption_encoder, cat, drawn_from
+from ..core.contracts import of_data
+from ..core.data import Batch, Digits, Draws, INKS, Labelled, NUMBERS, n_tokens
 from ..core.training import Turn
-from .adversarial import GAN, LOSSES, caption_encoder, lazy_adam
+from .adversarial import GAN, GANConfig, LOSSES, any_order, lazy_adam
 
 # %% ../../nbs/02_gan/02_stylegan2.ipynb #4e613b41
 # ---- data of the chapter ----
@@ -30,7 +32,7 @@ class Tinted(Labelled):
     "The digits of the course in a colour, on black or dark blue: 16x16, and every caption names all three"
     def __init__(self):
         self.own = Digits()
-        self.name,self.shape = 'tinted',(3,16,16)
+        self.name,self.shape,self.fingerprint = 'tinted',(3,16,16),'tinted-1'
         self.splits,self.source = self.own.splits,self.own.source+', in colour'
         self.labels = self.own.labels
         self.attributes = dict(digit=tuple(NUMBERS), ink=('red','green','yellow'), paper=tuple(GROUNDS))
@@ -477,20 +479,21 @@ class StyleGAN(GAN):
         gen.path_mean.lerp_(lengths.detach().mean(), self.path_decay)
         return self.path*(lengths-gen.path_mean).square().repeat_interleave(2)[:len(x0)]
 
+    options = dict(truncation=(0., 10., False, 'psi: styles are pulled to their mean, 0 draws the mean'))
     def counted(self)->list: return [self.net['gen'].synthesis]
     def painter(self,
-        tok,         # captions -> Cond
-        config:dict, # truncation: psi; centre: 'caption' or 'all', what w is pulled towards
-    ):               # draw(captions, seed) -> (n c h w)
+        tok,    # captions -> Cond
+        config, # truncation: psi; centre: 'caption' or 'all', what w is pulled towards
+    ):          # draw(captions, seed) -> (n c h w)
         "w towards a mean of w: 1 leaves it, 0 draws the mean"
-        gen,psi = self.artist,config.get('truncation', 1.)
+        gen,psi = self.artist,config.truncation
         def paint(cond, draws):
             was = gen.training
             gen.eval()
             try:
                 w = gen.w(draws.normal('z', self.z_dim), cond)
                 if psi!=1:
-                    middle = gen.centre(cond) if config.get('centre')=='caption' else gen.w_mean.expand_as(w)
+                    middle = gen.centre(cond) if config.centre=='caption' else gen.w_mean.expand_as(w)
                     w = torch.lerp(middle, w, psi)
                 return gen.synthesis(gen.spread(w), gen.synthesis.noise(draws))
             finally: gen.train(was)
@@ -500,15 +503,15 @@ class StyleGAN(GAN):
 # ---- growing ----
 # arXiv:1710.10196, figure 2
 def growth(
-    images:int,    # training pictures in all
+    share:float,   # of the budget, over which the networks grow
     n:int,         # resolutions of the full network
     first:int=1,   # resolutions at the start
     steady:float=.6, # share of a stage without fading
 ):                 # draws -> depth
-    "Resolutions in use, from the number of pictures seen: one fades in, then all learn together, and again"
+    "Resolutions in use, from the progress of the run: one fades in, then all learn together, and again"
     stages = n-first+1
     def depth(draws:Draws)->float:
-        at = min(draws.index[0].item()/images, 1.)*stages
+        at = min(draws.progress/share, 1.)*stages
         k = min(int(at), stages-1)
         return first+k if k==0 else min(first+k, first+k-1+max(.05, (at-k)/(1-steady)))
     return depth
@@ -556,44 +559,68 @@ class Growing(StyleGAN):
 
 # %% ../../nbs/02_gan/02_stylegan2.ipynb #25e1b966
 # ---- the recipe ----
-SIZES = dict( # channel_base: channels times pixels of a side, channel_max at most
+@dataclass(kw_only=True)
+class Config(GANConfig):
+    "What this recipe says"
+    loss: str          # key of LOSSES
+    gamma: float       # weight of the gradient penalty
+    every: int         # the penalty at each k-th step only, k times as strong
+    fake_too: bool     # the penalty on drawn pictures as well
+    channel_base: int  # channels times pixels of a side
+    channel_max: int   # channels at most
+    w_dim: int         # numbers in w
+    mapping: int       # layers from z to w
+    pace: float        # learning rate of the mapping, relative to the rest
+    group: int         # pictures whose differences the discriminator sees
+    path: float        # weight of the path length penalty; 0: none
+    path_every: int    # at each k-th step only, k times as strong
+    path_decay: float  # how fast the running mean of the lengths follows
+    mixing: float      # share of the drawings with two z
+    w_decay: float     # how fast the running mean of w follows
+    mismatch: float    # weight of real pictures with a neighbour's caption
+    grow: float        # share of the budget over which the networks grow; 0: full size from the start
+    patch: int         # pixels a side that one place of a grid draws
+    centre: str        # what `truncation` pulls w towards: the mean style of the caption, or of 'all'
+
+# %% ../../nbs/02_gan/02_stylegan2.ipynb #5ca8b391
+SIZES = dict( # one row a scale
     smoke=dict(channel_base=256, channel_max=32, z_dim=16, w_dim=32, dim=16, n_layers=0, batch=16),
     demo=dict(channel_base=512, channel_max=96, z_dim=64, w_dim=128, dim=64, n_layers=0, batch=16),
-    full=dict(channel_base=16384, channel_max=512, z_dim=512, w_dim=512, dim=256, n_layers=4, batch=64, # as published from here on
-              patch=1, mapping=8, pace=.01, loss='logistic', gamma=10., every=16, fake_too=False, mixing=.9, path=2.,
-              path_decay=.01, w_decay=.005, lr=2e-3, lr_disc=2e-3),
+    full=dict(channel_base=16384, channel_max=512, z_dim=512, w_dim=512, dim=256, n_layers=4, batch=64,
+              # as published from here on
+              patch=1, mapping=8, pace=.01, loss='logistic', gamma=10., every=16, fake_too=False, mixing=.9,
+              path=2., path_decay=.01, w_decay=.005, lr=2e-3, lr_disc=2e-3),
 )
 
 def recipe_for(
     data,               # captioned pictures
     scale:str='demo',   # smoke, demo or full
     seconds:float=None, # training time, if it is known
-)->dict:                # JSON values
+)->Config:
     "Everything `build` needs to make the same model again"
-    config = dict(recipe='stylegan2', data=data.name, shape=list(data.shape), words=list(data.words), max_len=data.size,
-                  loss='relativistic', gamma=1., every=4, fake_too=True, lr=.015, lr_disc=.015, betas_gan=[0.,.99],
-                  mapping=2, pace=.3, group=4, path=50., path_every=4, path_decay=.05, mixing=.5, w_decay=.02, mismatch=0.,
-                  grow=0, patch=2, half_life=10_000, truncation=1., centre='caption')|SIZES[scale]
-    if isinstance(data, Labelled): return config|dict(n_layers=0)
+    usual = dict(loss='relativistic', gamma=1., every=4, fake_too=True, lr=.015, lr_disc=.015, mapping=2,
+                 pace=.3, path=50., path_decay=.05, mixing=.5, w_decay=.02, patch=2)|SIZES[scale]
+    if len(data.attributes)==1: usual['n_layers'] = 0
     # where the order of the words matters, a bag of them is not enough
-    return config if isinstance(data, Painted) else config|dict(n_layers=max(1, config['n_layers']))
+    elif not any_order(data): usual['n_layers'] = max(1, usual['n_layers'])
+    return Config(recipe='stylegan2', **of_data(data), betas_gan=[0.,.99], group=4, path_every=4, mismatch=0.,
+                  grow=0., half_life=10_000, truncation=1., centre='caption', **usual)
 
-# %% ../../nbs/02_gan/02_stylegan2.ipynb #5ca8b391
+# %% ../../nbs/02_gan/02_stylegan2.ipynb #5ca8b392
 def build(
-    config:dict, # as from `recipe_for`; grow: pictures over which the networks grow, 0 for full size from the start
-)->tuple:        # tokenizer, StyleGAN with fresh networks
+    config:Config, # as from `recipe_for`
+)->tuple:          # tokenizer, StyleGAN with fresh networks
     "Each of the two networks has a text encoder of its own"
-    tok = WordTokenizer(config['words'], config['max_len'])
-    shape,dim,patch = config['shape'],config['dim'],config['patch']
-    w = widths(min(shape[1:])//patch, config['channel_base'], config['channel_max'])
-    gen = StyleGenerator(shape, w, config['z_dim'], config['w_dim'], config['mapping'], config['pace'], dim,
-                         caption_encoder(tok, config), patch)
-    disc = StyleDiscriminator(shape, w, dim, caption_encoder(tok, config), config['group'], bool(config['grow']), patch)
-    d_loss,g_loss = LOSSES[config['loss']]
-    how = dict(d_loss=d_loss, g_loss=g_loss, lr=(config['lr'], config['lr_disc']), betas=tuple(config['betas_gan']))
-    how |= {k:config[k] for k in ('gamma','every','fake_too','path','path_every','path_decay','mixing','w_decay','mismatch')}
-    if config['grow']: return tok,Growing(gen, disc, growth(config['grow'], len(w)), **how)
-    return tok,StyleGAN(gen, disc, **how)
+    c,tok = config,WordTokenizer(config.words, config.max_len)
+    encoder = lambda: caption_encoder(tok, c.dim, c.n_layers)
+    w = widths(min(c.shape[1:])//c.patch, c.channel_base, c.channel_max)
+    gen = StyleGenerator(c.shape, w, c.z_dim, c.w_dim, c.mapping, c.pace, c.dim, encoder(), c.patch)
+    disc = StyleDiscriminator(c.shape, w, c.dim, encoder(), c.group, bool(c.grow), c.patch)
+    d_loss,g_loss = LOSSES[c.loss]
+    how = dict(d_loss=d_loss, g_loss=g_loss, lr=(c.lr, c.lr_disc), betas=tuple(c.betas_gan))
+    own = 'gamma every fake_too path path_every path_decay mixing w_decay mismatch'.split()
+    how |= {k:getattr(c, k) for k in own}
+    return tok,Growing(gen, disc, growth(c.grow, len(w)), **how) if c.grow else StyleGAN(gen, disc, **how)
 
 # %% ../../nbs/02_gan/02_stylegan2.ipynb #a75c40de
 def stroke(

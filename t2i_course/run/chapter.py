@@ -1,18 +1,37 @@
 """A chapter's measurements: its rows, the arms of its sweep, the row of the demo."""
 
 import json
+import os
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from t2i_course.core.data import scale as current_scale
 from t2i_course.core.files import CourseError, write_json
+from t2i_course.core.register import sweep
 from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.run.arms import code_version, make_arms
-from t2i_course.run.card import report_card
+from t2i_course.run.card import paradigm_arms, pictures_of
 from t2i_course.run.demo import demo
-from t2i_course.run.register import CHAPTERS, module
 from t2i_course.run.rows import measured_rows
 from t2i_course.run.stamp import result_file, stamp
+
+
+@contextmanager
+def at_scale(
+    scale=None,  # smoke, demo or full; None: as T2I_SCALE says
+):
+    "Inside, the dial stands there"
+    old = os.environ.get("T2I_SCALE")
+    if scale:
+        os.environ["T2I_SCALE"] = scale
+    try:
+        yield
+    finally:
+        if scale:
+            os.environ.pop("T2I_SCALE")
+        if scale and old is not None:
+            os.environ["T2I_SCALE"] = old
 
 
 def run_chapter(
@@ -22,27 +41,28 @@ def run_chapter(
     out=None,  # file to write; default results/CHAPTER.json
 ):
     "The measurements of a chapter; finished arms are kept, and skipped by the same code on the same machine"
-    name = chapter.split("_", 1)[1] if chapter[:2].isdigit() and "_" in chapter else chapter
-    if name == "demo":
+    if chapter == "demo":
         return demo_row(result_file(out, "demo"), seconds)
-    mod = module(name, CHAPTERS)
-    if name == "metrics":
-        return mod.make_judges(out)
-    path = result_file(out, name)
-    seconds = seconds or (120 if name == "report_card" else 60 if current_scale() != "smoke" else 3)
-    rows = dict(ddpm=["digits", "painted"], dit=["painted"], flow_matching=["painted"]).get(name, [])
-    head = (
-        stamp(name, seeds)
-        | (dict(seconds=seconds) if rows or name == "report_card" else {})
-        | dict(code=code_version(CHAPTERS[name]))
-    )
-    if name == "report_card":
-        return report_card(head, path, seeds, seconds)
-    arms = [
-        (f"row.{d}", partial(measured_rows, name, d, seeds, seconds, Path("runs") / "rows")) for d in rows
-    ]
-    make_arms(arms + list(mod.experiments(current_scale(), seeds)), head, path, getattr(mod, "MAY_AGREE", ()))
+    name, mod = sweep(chapter)
+    if hasattr(mod, "make"):  # it writes something else than arms
+        return mod.make(out)
+    path, card = result_file(out, name), hasattr(mod, "paradigm")
+    seconds = seconds or (getattr(mod, "SECONDS", 60) if current_scale() != "smoke" or card else 3)
+    arms = [(f"row.{d}", partial(row_on, name, d, seeds, seconds)) for d in getattr(mod, "ROWS", ())]
+    also, modules = {}, [mod.__name__]
+    if card:
+        arms, also, modules = paradigm_arms(mod, seeds, seconds)
+    head = stamp(name, seeds) | (dict(seconds=seconds) if arms else {}) | dict(code=code_version(*modules))
+    arms += mod.experiments(current_scale(), seeds)
+    make_arms(arms, head, path, getattr(mod, "MAY_AGREE", ()), also)
+    if card:
+        pictures_of(also["pictures"], seeds, seconds, path.with_suffix(".png"))
     print(f"{path} is complete")
+
+
+def row_on(name: str, data: str, seeds, seconds) -> dict:
+    "The measured rows of a recipe on one data set"
+    return measured_rows(name, data, seeds, seconds, Path("runs") / "rows")
 
 
 def demo_row(

@@ -10,26 +10,39 @@ import torch
 from t2i_course.core.data import Draws, split_words
 from t2i_course.core.files import CourseError, between, make_folder, say, write_npz
 from t2i_course.core.guards import one_writer
-from t2i_course.core.runs import codec_run
+from t2i_course.core.runs import open_run
 from t2i_course.core.sources import is_path, load
-from t2i_course.run.model import Model
-from t2i_course.run.places import missing_folder
 from t2i_course.run.sheets import to_bytes
+from t2i_course.core.prepare import prepare, read_json
+from t2i_course.core.shards import is_shards
+
+
+def are_latents(
+    data,  # name of a data set, or a folder
+) -> bool:
+    "Is it a folder of shards that hold latents in place of pictures?"
+    if not is_path(data) or not is_shards(Path(data).expanduser()):
+        return False
+    return bool(read_json(Path(data).expanduser() / "about.json", "prepare it again").get("codec"))
 
 
 def open_data(
-    name,  # a data set, a folder of captioned images, or a folder made by t2i prepare
-    codec=None,  # for shards of latents: the run of the codec that made them
+    data,  # a data set, a folder of captioned images, or a folder made by t2i prepare
     size=None,  # side of a folder's pictures; default 32
+    codec=None,  # the run of the codec that made the latents in a folder
 ):
     "Any data of the course; shards read like pictures"
-    if not codec:
-        return load(name, size)
-    from t2i_course.scale.recipes import Shards, is_shards
+    return load(data, size, codec_of(codec) if codec and are_latents(data) else None)
 
-    if not is_path(name) or not is_shards(name):
-        raise CourseError(f"--codec is for shards of latents; {name} is not a folder made by t2i prepare")
-    return Shards(Path(name).expanduser(), Model(codec).den.codec)
+
+def codec_of(
+    run,  # run folder
+):
+    "The codec of a finished run"
+    codec = getattr(open_run(run).model, "codec", None)
+    if codec is None:
+        raise CourseError(f"{run} is a run without a codec: train one with t2i train vae")
+    return codec
 
 
 def say_size(ds):
@@ -38,19 +51,27 @@ def say_size(ds):
         say(ds.crop)
 
 
-def run_data(out: Path, config: dict):
-    "The pictures of a run, and are they still the same?"
-    lost = missing_folder(out, config)
-    if lost:
-        raise lost
-    ds = open_data(config["data"], codec_run(out, config), config.get("size"))
-    return ds, config.get("fingerprint") in (None, ds.fingerprint)
+def run_data(
+    out: Path,  # run folder
+    config,  # its settings
+    uses: dict,  # role -> the finished runs it stands on
+) -> tuple:  # the data, and are they still the same?
+    "The pictures of a run"
+    data = config.data
+    if is_path(data) and not Path(data).exists():
+        raise CourseError(
+            f"the pictures of {out} were in {data}, which is not there: if the folder was moved, write down "
+            f"its new place with: t2i train --resume --out {out} --data FOLDER"
+        )
+    codec = uses["codec"].model.codec if "codec" in uses and are_latents(data) else None
+    ds = load(data, config.size, codec)
+    return ds, config.fingerprint in (None, ds.fingerprint)
 
 
 # Below 20 pictures a caption a model meets single pictures, not a kind of picture (as in `pairs_of`: fewer
-# say little). Copies come with passes: of 759 drawings with a caption each, flow matching gave back 2% after 32
-# passes (tests/drawings.py), so a hundred is where to begin to look for them. A word in one caption alone cannot be
-# told from the rest of its picture.
+# say little). Copies come with passes: of 759 drawings with a caption each, flow matching gave back 2%
+# after 32 (tests/drawings.py), so a hundred is where to begin to look for them. A word in one caption alone
+# cannot be told from the rest of its picture.
 FEW_PICTURES, MANY_PASSES = 20, 100
 
 
@@ -146,15 +167,11 @@ def prepare_data(
     "Captioned pictures, or their latents, as shards that training reads by index"
     from tqdm import tqdm
 
-    from t2i_course.scale.recipes import prepare
-
     between(images, 1, 1e12, "--images", whole=True)
     between(shard_size, 1, 1e8, "--shard-size", whole=True)
     between(seed, 0, 2**62, "--seed", whole=True)
-    model = Model(codec).den if codec else None
-    if model is not None and not hasattr(model, "codec"):
-        raise CourseError(f"{codec} is a run without a codec: train one with t2i train vae")
-    ds = open_data(data, size=size)
+    own = codec_of(codec) if codec else None
+    ds = open_data(data, size)
     say_size(ds)
     expect(ds)
     make_folder(out)
@@ -163,7 +180,7 @@ def prepare_data(
             ds,
             out,
             images,
-            model and model.codec,
+            own,
             shard_size=shard_size,
             split=split,
             seed=seed,

@@ -8,9 +8,9 @@ from pathlib import Path
 from t2i_course.core.data import scale as current_scale
 from t2i_course.core.files import CourseError, make_folder, write_json
 from t2i_course.core.guards import one_writer
-from t2i_course.core.runs import read_config
+from t2i_course.core.runfiles import read_json
+from t2i_course.core.runs import open_run
 from t2i_course.run.measure import eval_run
-from t2i_course.run.model import Model
 from t2i_course.run.rows import FILES, clear_run
 from t2i_course.run.sample import sample_run
 from t2i_course.run.sheets import write_sheet
@@ -34,6 +34,9 @@ PROMPTS = [
 ]
 
 
+MARK = ".demo"  # stands in a folder that a demo has made
+
+
 @contextmanager
 def claim_demo_folder(
     out: Path,  # where the demo wants to write
@@ -41,21 +44,27 @@ def claim_demo_folder(
     "An earlier demo is cleared away, a stranger's files never; inside, nobody else writes there"
     with one_writer(make_folder(out)):
         found = [n for n in FILES if (out / n).exists()] + [p.name for p in out.glob("checkpoint-*")]
-        try:
-            config = read_config(out) if "config.json" in found else {}
-        except CourseError:
-            config = {}
-        # earlier versions left no mark; the folder that is the demo's own by name is known all the same
-        usual = (config.get("recipe"), config.get("data")) == ("flow_matching", "painted")
-        own = config.get("demo") or out == Path("runs/demo") and usual
-        if found and not own:
+        if found and not made_by_demo(out):
             raise CourseError(
                 f"{out} holds {', '.join(found)}, which t2i demo did not make: choose another --out, "
                 "or take them away yourself"
             )
         if found:
             clear_run(out)
+        (out / MARK).touch()
         yield
+
+
+def made_by_demo(out: Path) -> bool:
+    "By its mark; earlier versions wrote it into the config, or left none in the demo's usual folder"
+    if (out / MARK).exists():
+        return True
+    try:
+        config = read_json(out)
+    except CourseError:
+        return False
+    usual = (config["recipe"], config.get("data")) == ("flow_matching", "painted")
+    return bool(config.get("demo")) or out == Path("runs/demo") and usual
 
 
 # a fast machine sees so many pictures in half a minute; a slow one stops at the limit and measures fewer
@@ -71,8 +80,7 @@ def demo(
     out="runs/demo",  # run folder; an earlier demo that it holds is replaced
     images=None,  # pictures to train on; default 40,000
 ) -> dict:  # the measured row
-    "Train on painted digits, draw typed prompts, measure: a minute on a fast machine, at most four on a"
-    "slow one"
+    "Train on painted digits, draw prompts, measure: a minute on a fast machine, at most four on a slow one"
     with claim_demo_folder(Path(out)):
         return make_demo(seconds, Path(out), images)
 
@@ -86,11 +94,11 @@ def make_demo(seconds, out: Path, images) -> dict:
         "(flow matching with a closed-form head start) ...",
         flush=True,
     )
-    train_run("flow_matching", "painted", seconds=seconds, images=images, out=out, changes=dict(demo=True))
+    train_run("flow_matching", "painted", seconds=seconds, images=images, out=out)
     print(
         clock_text(json.loads((out / "train.json").read_text(encoding="utf-8")), images, seconds), flush=True
     )
-    model = Model(out)
+    model = open_run(out)
     model.draw(PROMPTS[:1])  # warm
     start = time.perf_counter()
     x, texts = sample_run(model, PROMPTS)
@@ -139,5 +147,5 @@ def judged(
     each: float,  # seconds that a drawing takes here
     most: int,  # drawings on a fast machine
 ) -> int:
-    "How many captions: half as many again are drawn of held-out pairs, a fifth as many of training captions"
-    return max(min(most, 200), min(most, int(PATIENCE / (1.7 * each)) // 100 * 100))
+    "How many captions: as many again are drawn of held-out pairs and their partners, a fifth of seen ones"
+    return max(min(most, 200), min(most, int(PATIENCE / (2.2 * each)) // 100 * 100))

@@ -6,24 +6,28 @@ from contextlib import contextmanager
 from t2i_course.core.training import spent
 
 
-def progress_bar(state, config, quiet):
+def progress_bar(
+    state,  # of a run
+    images,  # its clock
+    seconds,  # its clock, or its limit
+    quiet,  # no bar
+):
     "A tqdm bar on standard error: images, seconds, or with two clocks the share of the one that is ahead"
     if quiet:
         return lambda r: None
     from tqdm import tqdm
 
-    images, seconds = config["images"], config["seconds"]
     count = "progress" if images and seconds else "images" if images else "seconds"
     total = 1 if count == "progress" else images or seconds
     done = spent(state, images, seconds) if count == "progress" else getattr(state, count)
     unit = dict(images="{n:.0f}/{total:.0f} img ", seconds="{n:.0f}/{total:.0f} s ", progress="")[count]
     bar = tqdm(
         total=total,
-        initial=min(done, total),
+        initial=min(done, total),  # what is fitted before may take longer than a short clock
         bar_format="{l_bar}{bar}| " + unit + "[{elapsed}<{remaining}{postfix}]",
         mininterval=0.5,
         file=sys.stderr,
-    )  # a head start may take longer than a short clock
+    )
     recent = []
 
     def show(r):

@@ -22,12 +22,16 @@ def found_rows(value):
 
 def report_line(name: str, r: dict, date: str) -> str:
     "A measured row as a line of the table"
-    held = f"{100 * r['heldout']['all']:.1f}%" if "heldout" in r else "-"
+    held, matched = (
+        f"{100 * h['all']:.1f}%" if h else "-"
+        for h in (r.get("heldout"), (r.get("heldout") or {}).get("seen_matched"))
+    )
     obeys = f"{100 * (r['obedience']['all'] if 'obedience' in r else r['accuracy']):.1f}%"
     floors = r["fd_floors"] if "fd_floors" in r else r["fd"] / r["fd_floor"] if "fd" in r else None
     far, method = f"{floors:.1f}" if floors is not None else "-", r.get("recipe") or r["method"]
     return (
         f"{name:16} {method[:26]:26} {r['data'][:8]:8} {r['train_seconds']:8.0f} {obeys:>6} {held:>8} "
+        f"{matched:>8} "
         f"{far:>8} {r['recall']:6.2f}  {r.get('date', date)}"
     )
 
@@ -63,7 +67,7 @@ def report(
     if not table:
         raise CourseError(f"{folder} holds no results: make some with t2i run flow_matching")
     print(
-        f"{'file':16} {'method':26} {'data':8} {'train s':>8} {'obeys':>6} {'held-out':>8} "
+        f"{'file':16} {'method':26} {'data':8} {'train s':>8} {'obeys':>6} {'held-out':>8} {'matched':>8} "
         f"{'FD/floor':>8} {'recall':>6}  date",
         *table,
         sep="\n",

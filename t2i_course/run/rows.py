@@ -4,15 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
+from t2i_course.core.config import to_json
 from t2i_course.core.data import scale as current_scale
 from t2i_course.core.files import CourseError, say
 from t2i_course.core.guards import one_writer
-from t2i_course.core.runs import read_config
-from t2i_course.core.sources import load
+from t2i_course.core.runfiles import read_config
 from t2i_course.run.measure import eval_run
-from t2i_course.run.settings import settings
+from t2i_course.run.settings import given_for, needs, settings
 from t2i_course.run.stamp import alike, versions
-from t2i_course.run.train import train_run
+from t2i_course.run.train import needed_run, train_run
 
 
 # what a run consists of. The config goes last: what is left of an interruption is still known as a run
@@ -42,20 +42,31 @@ def clear_run(
 
 def cleared(
     out: Path,  # a run folder, which need not exist
-    wanted: dict,  # settings that the run should have
-):
+    wanted,  # settings that the run should have, but for the runs it stands on
+) -> bool:  # is there nothing now?
     "A run with other settings, of another scale, machine or version, is taken away: it is trained anew"
+    gone = [cleared(needed_run(out, need.role), wanted_of(need, wanted)) for need in needs(wanted)]
     if not (out / "config.json").exists():
-        return
+        return True
     with one_writer(out):
         try:
             config = read_config(out)
         except CourseError:
-            config = {}
-        if alike(config, wanted):
-            return
+            config = None
+        if config and not any(gone) and alike(to_json(config), to_json(wanted), but=("uses",)):
+            return False
         say(f"{out} was made with other settings or by another version: it is made anew")
         clear_run(out)
+    return True
+
+
+def wanted_of(
+    need,  # a Need
+    wanted,  # settings of the run that has it
+):
+    "The settings that a needed run should have"
+    given = {k: wanted[k] for k in ("data", "scale", "seed", "precision", "size")}
+    return settings(**given_for(need, wanted, given))
 
 
 def kept_row(
@@ -68,20 +79,21 @@ def kept_row(
     except (OSError, ValueError):
         return None
     same = [(row.get("versions") or {}).get(k) == versions()[k] for k in ("torch", "t2i_course")]
-    return row if row.get("n") == n and all(same) else None
+    return row if row.get("n_asked", row.get("n")) == n and all(same) else None
 
 
 def measured_rows(recipe, data, seeds, seconds, work: Path) -> dict:
     "Train and measure once a seed; mean and spread of the main numbers"
-    from t2i_course.core.metrics import at_most
+    from t2i_course.core.metrics import DRAWINGS
 
-    rows, n = [], at_most(load(data), 64 if current_scale() == "smoke" else 1000)
+    rows, n = [], 64 if current_scale() == "smoke" else DRAWINGS.get(data, 1000)
     for s in seeds:
         out = work / f"{recipe}-{data}-{seconds:g}s-{s}"
         cleared(out, settings(recipe, data, current_scale(), seconds, None, s, "auto"))
         row = kept_row(out, n)
         if row is None:
-            train_run(recipe, data, seconds=seconds, seed=s, out=out, resume=(out / "config.json").exists())
+            begun = [p for p in (out, *work.glob(f"{out.name}-*")) if (p / "config.json").exists()]
+            train_run(recipe, data, seconds=seconds, seed=s, out=out, resume=bool(begun))
             row = eval_run(out, n=n)
         rows.append(row)
     main = dict(
@@ -91,6 +103,8 @@ def measured_rows(recipe, data, seeds, seconds, work: Path) -> dict:
     )
     if "heldout" in rows[0]:
         main["heldout"] = lambda r: r["heldout"]["all"]
+        if all("seen_matched" in r["heldout"] for r in rows):
+            main["seen_matched"] = lambda r: r["heldout"]["seen_matched"]["all"]
 
     def summary(values):
         return dict(mean=sum(values) / len(values), spread=max(values) - min(values))

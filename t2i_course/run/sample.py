@@ -2,38 +2,89 @@
 
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from t2i_course.core.files import CourseError, between, make_folder, say, write_npz
-from t2i_course.run.model import OPTIONS, Model
+from t2i_course.core.register import recipe, recipes
+from t2i_course.core.runs import Finished, open_run
 from t2i_course.run.progress import counting
 from t2i_course.run.sheets import fits_sheet, to_bytes, write_sheet
 
 
 def sample_run(
-    run,  # run folder, or a Model
+    run,  # run folder, or an opened one
     captions,  # texts; '' draws without condition
     per_caption=1,  # pictures of each, one after the other
-    steps=None,  # sampler steps; default the recipe's
-    guidance=None,  # scale; default the recipe's
     seed=0,  # of the noise
     quiet=False,  # no progress bar
-    **others,  # further options, see OPTIONS
+    **options,  # of the model, such as steps or guidance; default as its config says
 ) -> tuple:  # images uint8 (n h w c), captions
     "Draw captions with a trained run; says what the model could not read"
     between(per_caption, 1, 10_000, "--per-caption", whole=True)
     between(seed, 0, 2**62, "--seed", whole=True)
-    m = run if isinstance(run, Model) else Model(run)
+    run = run if isinstance(run, Finished) else open_run(run)
+    options = with_use(run, options)
     for c in dict.fromkeys(captions):
-        for note in m.tok.notes(c):
+        for note in run.tok.notes(c):
             say(note)
         if not c.strip():
             say("an empty caption: drawn without condition")
     texts = [c for c in captions for _ in range(per_caption)]
     with counting(len(texts), "drawing", quiet) as each:
-        return to_bytes(m.draw(texts, seed, steps, guidance, each, **others)), texts
+        return to_bytes(run.draw(texts, seed, each, **options)), texts
+
+
+def with_use(
+    run: Finished,
+    options: dict,  # name -> value, None where it was not given
+) -> dict:
+    "The options that the model has; those that only other models have are left aside, with a sentence"
+    given = {k: v for k, v in options.items() if v is not None}
+    idle = [k for k in given if k not in run.model.options]
+    unknown = [k for k in idle if k not in options_of_all()]
+    if unknown:
+        have = ", ".join(map(option_of, run.model.options))
+        raise CourseError(f"{run.config.recipe} has no option {option_of(unknown[0])}; it has {have}")
+    if idle:
+        say(f"{run.config.recipe} has no use for {', '.join(map(option_of, idle))}: left aside")
+    return {k: v for k, v in given.items() if k not in idle}
+
+
+def as_numbers(
+    options: dict,  # name -> what was typed, None where it was not given
+    known: dict,  # name -> (lowest, highest, whole number?, help)
+) -> dict:
+    "What is typed behind an option is a number"
+    out = {}
+    for name, text in options.items():
+        try:
+            out[name] = (int if known.get(name, options_of_all()[name])[2] else float)(text)
+        except ValueError as e:
+            raise CourseError(f"{option_of(name)} wants a number; got '{text}'") from e
+        except KeyError as e:
+            have = ", ".join(map(option_of, known))
+            raise CourseError(
+                f"there is no option {option_of(name)}; this run has {have}; see t2i sample --help"
+            ) from e
+    return out
+
+
+def option_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+@cache
+def options_of_all() -> dict:  # name -> (lowest, highest, whole number?, help)
+    "The options of every model in the modules of the recipes"
+    found = {}
+    for name in recipes():
+        for kind in vars(recipe(name)).values():
+            own = getattr(kind, "options", None) if isinstance(kind, type) else None
+            found |= own if isinstance(own, dict) else {}
+    return found
 
 
 def read_captions(
@@ -92,11 +143,11 @@ def draw_file(
     texts = [typed(p) for p in prompts] if prompts is not None else read_captions(captions)
     if ext == ".png":
         fits_sheet(len(texts) * per_caption)
-    for k, v in options.items():
-        between(v, *OPTIONS[k][:2], f"--{k}", whole=OPTIONS[k][2])
-    model = Model(run)
+    run = open_run(run)
+    options = with_use(run, as_numbers(options, run.model.options))
+    run.checked(options)
     make_folder(Path(out).parent)
-    x, texts = sample_run(model, texts, per_caption, seed=seed, **options)
+    x, texts = sample_run(run, texts, per_caption, seed, **options)
     if ext == ".png":
         write_sheet(out, x, texts)
     else:

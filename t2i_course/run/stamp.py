@@ -42,16 +42,6 @@ def hardware() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def in_hardware(
-    precision: str,  # fp32, bf16 or fp16
-    device: str,
-) -> bool:
-    "Does the device compute in this precision? If not, it emulates it, many times more slowly than float32"
-    if precision == "fp32":
-        return True
-    return has_bf16(device) if precision == "bf16" else not device.startswith("cpu")
-
-
 _typed = []  # the command line that `main` is at work on
 
 
@@ -85,12 +75,14 @@ def stamp(chapter: str, seeds) -> dict:
 def alike(
     old: dict,  # of a run or row that is there
     new: dict,  # of the one that is wanted
+    but=(),  # what does not count
 ) -> bool:
     "The same settings, and versions of torch and of this package; another Python does not matter"
 
     def said(c):
         versions = c.get("versions") or {}
-        return json.loads(json.dumps(c | dict(versions=[versions.get(k) for k in ("torch", "t2i_course")])))
+        c = c | dict(versions=[versions.get(k) for k in ("torch", "t2i_course")])
+        return json.loads(json.dumps({k: v for k, v in c.items() if k not in but}))
 
     return said(old) == said(new)
 

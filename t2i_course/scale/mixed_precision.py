@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'LOW', 'OPS', 'Format', 'limits', 'round_to', 'rounded', 'bits', 'matmul_error', 'precision_table',
-           'recipe_here', 'fresh', 'unseen_loss', 'lost_updates', 'Masters', 'Rounded', 'simulated', 'snap', 'go_on',
-           'underflow', 'DynamicScale', 'op_dtypes', 'SmallTransformer', 'warmups', 'diverged']
+           'recipe_here', 'fresh', 'lost_updates', 'Masters', 'Rounded', 'simulated', 'snap', 'go_on', 'underflow',
+           'DynamicScale', 'op_dtypes', 'SmallTransformer', 'warmups', 'diverged']
 
 # %% ../../nbs/12_scale/01_mixed_precision.ipynb #c95119be
 import copy, math
@@ -18,8 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ..core.data import Draws, glyph_split, glyphs
 from ..core.training import State, feed, has_bf16, train
 from ..diffusion.ddpm import SIZES
-from ..diffusion.preconditioning import fit_skip
-from ..flow.flow_matching import QUICK, build, recipe_for
+from ..flow.flow_matching import QUICK, Config, build, recipe_for
 
 # %% ../../nbs/12_scale/01_mixed_precision.ipynb #2cb6591c
 class Format(NamedTuple):
@@ -109,13 +108,13 @@ def precision_table()->dict: # name -> bits, eps, largest, normal, subnormal, ma
 def recipe_here(
     data,             # captioned pictures
     scale:str='demo', # smoke, demo or full
-)->dict:              # JSON values
+)->Config:
     "Flow matching, with the small network for runs of seconds (except at full scale)"
     small = dict(smoke=SIZES['smoke'], demo=QUICK, full={})[scale]
     return recipe_for(data, scale)|small
 
 def fresh(
-    config:dict,   # as from `recipe_here`
+    config:Config, # as from `recipe_here`
     data,          # captioned pictures
     seed:int=0,    # of the weights
     skip=None,     # a fitted closed form, to share it between arms
@@ -124,24 +123,8 @@ def fresh(
     torch.manual_seed(seed)
     tok,den = build(config)
     if skip is not None: den.skip = skip
-    elif config['skip']: fit_skip(den, data, tok, config['fit_images'])
+    else: den.prepare(data, tok, config)
     return tok,den
-
-# %% ../../nbs/12_scale/01_mixed_precision.ipynb #df2f50ae
-@torch.no_grad()
-def unseen_loss(
-    den,        # a Denoiser
-    tok,        # captions -> Cond
-    data,       # captioned pictures
-    n:int=256,  # pictures
-    seed:int=7, # of pictures and noise
-)->float:
-    "The loss on unseen pictures, always the same ones with the same noise"
-    x0,cond = feed(data, tok, 'test')(Draws(seed, torch.arange(n)))
-    dev = next(den.net.parameters()).device
-    parts = torch.arange(n).split(128)
-    return torch.cat([den.loss(x0[i].to(dev), cond[i].to(dev), Draws(seed, i, dev))
-                      for i in parts]).mean().item()
 
 # %% ../../nbs/12_scale/01_mixed_precision.ipynb #6a4f4d5a
 def lost_updates(

@@ -1,16 +1,15 @@
 "Retrieved examples, guidance, and what several tasks cost, all on the codes of one codec."
 
-import time
 from functools import cache, lru_cache, partial
 
 import torch
 
 from t2i_course.ar.cm3leon import CM3Leon, Recoloured, build, recipe_for
+from t2i_course.ar.dalle import codec_for
 from t2i_course.core.data import Draws
-from t2i_course.core.sources import load
-from t2i_course.core.ema import train_arm
+from t2i_course.core.experiments import best_precision, fit
 from t2i_course.core.metrics import evaluate, judge_for, reference
-from t2i_course.core.training import has_bf16
+from t2i_course.core.sources import load
 
 
 def task_scores(
@@ -61,16 +60,12 @@ def experiments(
 ):  # yields (key, make), and make() gives the value
     "Retrieved examples, guidance, and what several tasks cost, all on the codes of one codec"
     s, data = SWEEP[scale], load("painted")
-    config, judge = recipe_for(data, scale), judge_for(data)
-    precision = "bf16" if has_bf16() else "fp32"
-    tasks = dict(all=config["tasks"], draw=[1.0, 0.0, 0.0])
+    config, judge, precision = recipe_for(data, scale), judge_for(data), best_precision()
+    tasks = dict(all=config.tasks, draw=[1.0, 0.0, 0.0])
 
     @cache  # one codec for every arm
     def first():
-        torch.manual_seed(0)
-        tok, model = build(config | dict(share=1.0))
-        train_arm(model, tok, data, config, s["codec_images"], precision=precision, loss=model.loss[:1])
-        return model
+        return codec_for(config, data, s["codec_images"])
 
     def setting():
         return dict(
@@ -79,64 +74,53 @@ def experiments(
             codec_images=s["codec_images"],
             n=s["n"],
             precision=precision,
-            tasks=config["tasks"],
-            grid=list(first().model.layout.grid),
-            fd_floor=reference(data, judge, s["n"])["fd_floor"],
+            tasks=config.tasks,
+            grid=list(first().model.codec.grid(config.shape)),
+            fd_floor=reference(data, judge, s["n"])["floor"]["fd_floor"],
         )
+
+    def ready(config):  # with its memory
+        tok, model = build(config, codec=first())
+        model.prepare(data, tok, config)
+        return tok, model
 
     @lru_cache(1)  # all keys of an arm ask for its model
     def trained(arm, seed):
-        weights = first().codec.state_dict()
-        torch.manual_seed(seed)
-        tok, model = build(config | dict(share=0.0, tasks=tasks[arm]))
-        model.codec.load_state_dict(weights)
-        start = time.perf_counter()
-        train_arm(model, tok, data, config, s["images"], seed, precision)
-        model.net.eval()
-        return tok, model, time.perf_counter() - start
+        made = fit(ready, config | dict(tasks=tasks[arm]), data, s["images"], seed, precision)
+        made.model.net.eval()
+        return made
 
     def bits(arm, seed):
-        (tok, model, _), found = trained(arm, seed), {}
+        made, found = trained(arm, seed), {}
         for split in ("test", "heldout"):
             draws = Draws(5, torch.arange(2 * s["n"]))
             b = data.batch(split, draws)
 
             def at(k, b=b, draws=draws):
                 parts = [
-                    model.nll(b.x[i], tok([b.captions[j] for j in i]), Draws(5, i), k)
+                    made.model.nll(b.x[i], made.tok([b.captions[j] for j in i]), Draws(5, i), k)
                     for i in draws.index.split(200)
                 ]
                 return torch.cat(parts).mean().item()
 
-            found[split] = [at(k) for k in range(config["max_examples"] + 1)]
+            found[split] = [at(k) for k in range(config.max_examples + 1)]
         return found
 
     def examples(k, seed):
-        tok, model, took = trained("all", seed)
-        row = evaluate(
-            model.painter(tok, config | dict(examples=k)), data, judge, s["n"], seed, n_heldout=s["n"]
-        )
-        about = dict(
-            recipe="cm3leon",
-            params=sum(p.numel() for p in model.model.parameters()),
-            images=s["images"],
-            train_seconds=took,
-            nfe=model.calls(config),
-            examples=k,
-            guidance=config["guidance"],
-        )
-        return row | about
+        made = trained("all", seed)
+        draw = made.model.painter(made.tok, config | dict(examples=k))
+        about = dict(recipe="cm3leon", examples=k, guidance=config.guidance)
+        return made.row(data, judge, s["n"], seed, s["n"], draw, **about)
 
     def guidance(w, seed):
-        tok, model, _ = trained("all", seed)
-        row = evaluate(
-            model.painter(tok, config | dict(examples=0, guidance=w)), data, judge, s["n"], seed, n_heldout=0
-        )
+        made = trained("all", seed)
+        draw = made.model.painter(made.tok, config | dict(examples=0, guidance=w))
+        row = evaluate(draw, data, judge, s["n"], seed, n_heldout=0)
         o = row["obedience"]
         return dict(w=w, obedience=o["all"], digit=o["digit"], fd=row["fd"], recall=row["recall"])
 
     def scores(seed):
-        return task_scores(trained("all", seed)[1], data, judge, s["n"], seed)
+        return task_scores(trained("all", seed).model, data, judge, s["n"], seed)
 
     yield "setting", setting
     for seed in seeds:
@@ -144,7 +128,7 @@ def experiments(
             yield f"bits.{arm}.{seed}", partial(bits, arm, seed)
             if arm == "draw":
                 continue
-            for k in range(config["max_examples"] + 1):
+            for k in range(config.max_examples + 1):
                 yield f"examples.{k}.{seed}", partial(examples, k, seed)
             for w in s["guidance"]:
                 yield f"guidance.w{round(10 * w)}.{seed}", partial(guidance, w, seed)

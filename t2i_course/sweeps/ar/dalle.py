@@ -1,46 +1,25 @@
 "The DALL-E recipe with its palette and without, asked in several ways; masks, loss weights, counts."
 
-import time
 from functools import lru_cache, partial
 
 import torch
 
 from t2i_course.ar.dalle import (
     SHORT,
-    Prior,
     best_of,
     build,
     candidates,
-    counted,
-    in_turns,
+    codec_for,
     recipe_for,
     right,
     sample_codes,
     split_nll,
 )
+from t2i_course.core.counting import in_turns, parameters
 from t2i_course.core.data import Draws
+from t2i_course.core.experiments import best_precision, fit, setting
+from t2i_course.core.metrics import evaluate, load_judge
 from t2i_course.core.sources import load
-from t2i_course.core.ema import train_arm
-from t2i_course.core.metrics import at_most, evaluate, load_judge, reference
-from t2i_course.core.training import has_bf16, pick_device
-
-
-class OnCodes:
-    "A prior over the codes of a finished codec, as `train_arm` wants it"
-
-    def __init__(
-        self,
-        prior: Prior,  # to be trained
-        codec,  # stays as it is
-    ):
-        self.net, self.codec = prior, codec.eval()
-
-    def to(self, device):
-        self.codec.to(device)
-        return self
-
-    def loss(self, x0, cond, draws):
-        return self.net.loss(self.codec.codes(x0), cond, draws)
 
 
 SWEEP = dict(
@@ -71,32 +50,30 @@ ARMS = dict(  # name -> share of an arm's training pictures, what differs
 DRAWING = ((1.0, 1.0), (2.0, 1.0), (3.0, 1.0), (2.0, 0.75), (2.0, 0.5), (2.0, 0.25))  # guidance, temperature
 
 
-def trained(
-    config: dict,  # as from `recipe_for`
+def ready(
+    config,  # as from `recipe_for`
+    codec,  # a finished run
     data,  # captioned pictures
-    images: int,  # training pictures
-    seed: int,  # of weights and data
-    precision: str,  # fp32 or bf16
-) -> tuple:  # tokenizer, DallE, seconds
-    torch.manual_seed(seed)
-    tok, model = build(config)
-    start = time.perf_counter()
-    train_arm(model, tok, data, config, images, seed, precision)
-    return tok, model, time.perf_counter() - start
+) -> tuple:  # tokenizer, DallE
+    "Built and prepared: with its counts, where it begins with counts"
+    tok, model = build(config, codec=codec)
+    model.prepare(data, tok, config)
+    return tok, model
 
 
 def asked(
-    whole,  # whole() -> tokenizer, trained DallE
+    whole,  # whole() -> Arm with a trained DallE
     data,  # captioned pictures
     judge,  # reads the pictures
-    config: dict,  # as from `recipe_for`
+    config,  # as from `recipe_for`
     s: dict,  # a row of SWEEP
     seed: int,  # of the drawings
 ):  # yields (key, make)
     "The same model asked in several ways: guidance and temperature, best of n, with and without the cache"
 
     def drawing(w, t):
-        tok, model = whole()
+        arm = whole()
+        tok, model = arm.tok, arm.model
         row = evaluate(
             model.painter(tok, config | dict(guidance=w, temperature=t)), data, judge, s["m"], seed, 0
         )
@@ -105,11 +82,11 @@ def asked(
         )
 
     def best():
-        tok, model = whole()
+        arm = whole()
+        tok, model = arm.tok, arm.model
         captions = data.batch("test", Draws(5, torch.arange(s["m"]))).captions
-        x, scorer, own = candidates(
-            model, tok, captions, max(s["best"]), dict(temperature=1.0, guidance=1.0), seed
-        )
+        plain = config | dict(temperature=1.0, guidance=1.0)
+        x, scorer, own = candidates(model, tok, captions, max(s["best"]), plain, seed)
         ok = torch.stack([right(judge, p, data, captions) for p in x])
         by = {
             k: [best_of(ok, fit, n) for n in s["best"]]
@@ -118,7 +95,8 @@ def asked(
         return dict(n=list(s["best"]), **by)
 
     def cached():
-        tok, model = whole()
+        arm = whole()
+        tok, model = arm.tok, arm.model
         some = data.batch("test", Draws(5, torch.arange(min(64, s["m"])))).captions
         job = partial(sample_codes, model.prior.net, tok(some), Draws(seed, torch.arange(len(some))))
         took = in_turns(dict(cached=job, uncached=partial(job, cached=False)), 5)
@@ -131,21 +109,15 @@ def asked(
 
 
 def fit_arm(
-    codec,  # trained; stays as it is
-    tok,  # captions -> Cond
+    codec,  # a finished run; stays as it is
     data,  # captioned pictures
-    config: dict,  # of the prior, as from `recipe_for`
+    config,  # of the prior, as from `recipe_for`
     images: int,  # training pictures
     seed: int,  # of weights and data
-    precision: str,  # fp32 or bf16
-) -> Prior:  # trained
+):  # Arm: the trained prior, without a scorer
     "Another prior on the codes of a finished codec"
-    torch.manual_seed(seed)
-    prior = build(config)[1].prior
-    if prior.net.counts is not None:
-        prior.net.counts.fit(*counted(data, tok, config["count_images"])(codec, pick_device()))
-    train_arm(OnCodes(prior, codec), tok, data, config, images, seed, precision)
-    return prior
+    made = partial(ready, codec=codec, data=data)
+    return fit(made, config | dict(scorer=False), data, images, seed, best_precision())
 
 
 def experiments(
@@ -153,48 +125,37 @@ def experiments(
     seeds=(0, 1),  # of weights, data and drawings
 ):  # yields ('key.path', make), and make() gives the value
     "The model with its palette and without; how it is asked; masks, loss weights and counts on its codes"
-    s, data = SWEEP[scale], load("painted")
-    judge, precision = load_judge("painted"), "bf16" if has_bf16(pick_device()) else "fp32"
+    s, data, judge = SWEEP[scale], load("painted"), load_judge("painted")
     config = recipe_for(data, scale) | SHORT
-    changes = dict(plain=dict(palette=False, n_codes=4 * config["n_codes"]), palette={})
-
-    def setting():
-        return dict(
-            s,
-            precision=precision,
-            seeds=list(seeds),
-            temperature=config["temperature"],
-            guidance=config["guidance"],
-            fd_floor=reference(data, judge, at_most(data, s["n"]))["fd_floor"],
-        )
+    changes = dict(plain=dict(palette=False, n_codes=4 * config.n_codes), palette={})
 
     @lru_cache(1)  # all arms use the codes of the model with its palette
     def whole(name, seed):
-        return trained(config | changes[name], data, s["images"], seed, precision)
+        own = config | changes[name]
+        codec = codec_for(own, data, round(own.share * s["images"]), seed)
+        images = round((1 - own.share) * s["images"])
+        arm = fit(partial(ready, codec=codec, data=data), own, data, images, seed, best_precision())
+        took = codec.about["train_seconds"] + arm.about["train_seconds"]
+        arm.about |= dict(images=s["images"], train_seconds=took)
+        arm.about["params"] = parameters(arm.model.artist)
+        return codec, arm
+
+    def nats(arm):
+        return split_nll(arm.model.prior.net, arm.model.codec, data, arm.tok, 2 * s["n"])
 
     def row(name, seed):
-        tok, model, took = whole(name, seed)
-        row = evaluate(model.painter(tok, config), data, judge, s["n"], seed, s["n"] // 2)
-        return row | dict(
-            recipe="dalle",
-            params=sum(p.numel() for p in model.net.parameters()),
-            images=s["images"],
-            train_seconds=took,
-            nfe=model.calls(config),
-            **split_nll(model.prior.net, model.codec, data, tok, 2 * s["n"]),
-        )
+        _, arm = whole(name, seed)
+        return arm.row(data, judge, s["n"], seed, s["n"] // 2, recipe="dalle", **nats(arm))
 
     def arm(name, seed):
-        (tok, model, _), (share, change) = whole("palette", seed), ARMS[name]
-        prior = fit_arm(
-            model.codec, tok, data, config | s["small"] | change, round(share * s["arm"]), seed, precision
-        )
-        return split_nll(prior.net, model.codec, data, tok, 2 * s["n"])
+        (codec, _), (share, change) = whole("palette", seed), ARMS[name]
+        return nats(fit_arm(codec, data, config | s["small"] | change, round(share * s["arm"]), seed))
 
-    yield "setting", setting
+    about = dict(temperature=config.temperature, guidance=config.guidance)
+    yield "setting", partial(setting, s, seeds, data, judge, **about)
     for seed in seeds:
         for name in changes:
             yield f"row.{name}.{seed}", partial(row, name, seed)
-        yield from asked(lambda seed=seed: whole("palette", seed)[:2], data, judge, config, s, seed)
+        yield from asked(lambda seed=seed: whole("palette", seed)[1], data, judge, config, s, seed)
         for name in ARMS:
             yield f"arms.{name}.{seed}", partial(arm, name, seed)

@@ -5,12 +5,17 @@ from functools import cache, partial
 
 import torch
 
-from t2i_course.ar.parti import ARMS, build, coded, held_out_nll, make_prior, recipe_for
-from t2i_course.codec.vqvae import TwoStage
-from t2i_course.core.sources import load
-from t2i_course.core.ema import EMA, train_arm
+from t2i_course.ar.dalle import codec_for
+from t2i_course.ar.parti import ARMS, coded, held_out_nll, make_prior, recipe_for
+from t2i_course.codec.vqvae import OnCodes
+from t2i_course.core.conditioning import WordTokenizer
+from t2i_course.core.counting import parameters
+from t2i_course.core.ema import EMA
+from t2i_course.core.experiments import best_precision
 from t2i_course.core.metrics import evaluate, judge_for, reference
-from t2i_course.core.training import State, has_bf16, train
+from t2i_course.core.sources import load
+from t2i_course.core.training import State, train
+
 
 SWEEP = dict(
     smoke=dict(codec_images=640, images=320, n=24, kept=320),
@@ -22,30 +27,17 @@ SWEEP = dict(
 def fit_prior(
     prior,  # fresh; ends with the averaged weights
     feed,  # as from `coded`
-    config: dict,  # lr, half_life, batch
+    config,  # lr, half_life, batch
     images: int,  # training pictures
     seed: int = 0,  # of the order and of dropped captions
     precision: str = "fp32",
 ) -> list:  # the records
     "Train a prior on codes that are there already"
-    state = State(prior, config["lr"], EMA(prior, config["half_life"]), precision=precision)
-    records = list(train(state, prior.loss, feed, images=images, batch=config["batch"], seed=seed))
+    state = State(prior, config.lr, EMA(prior, config.half_life), precision=precision)
+    records = list(train(state, prior, feed, images=images, batch=config.batch, seed=seed))
     prior.load_state_dict(state.ema.shadow)
     prior.eval()
     return records
-
-
-class OneStage:
-    "A codec alone, as `train_arm` wants it"
-
-    def __init__(self, codec):
-        self.net = codec
-
-    def to(self, device):
-        return self
-
-    def loss(self, x0, cond, draws):
-        return self.net.loss(x0, draws)
 
 
 def experiments(
@@ -54,63 +46,51 @@ def experiments(
 ):  # yields (key, make), and make() gives the value
     "Encoder-decoder against one stream at equal parameters, and four sizes, all on the codes of one codec"
     s, data = SWEEP[scale], load("painted")
-    config, judge = recipe_for(data, scale), judge_for(data)
-    precision = "bf16" if has_bf16() else "fp32"
+    config, judge, precision = recipe_for(data, scale), judge_for(data), best_precision()
+    tok = WordTokenizer(config.words, config.max_len)
 
     @cache  # one codec for every arm
     def first():
-        torch.manual_seed(0)
-        tok, model = build(config)
-        start = time.perf_counter()
-        loss = train_arm(
-            OneStage(model.codec),
-            tok,
-            data,
-            config | dict(lr=config["codec_lr"]),
-            s["codec_images"],
-            precision=precision,
-        )
-        return tok, model.codec.eval(), loss, time.perf_counter() - start
+        return codec_for(config, data, s["codec_images"])
 
     @cache
     def fed():
-        tok, codec, _, _ = first()
+        codec = first().model.codec
         return coded(codec, data, tok, s["kept"]), coded(codec, data, tok, 4 * s["n"], "test")
 
     def setting():
-        _, codec, loss, took = first()
+        codec, about = first().model.codec, first().about
         return dict(
             data=data.name,
             images=s["images"],
             codec_images=s["codec_images"],
-            codec_loss=loss,
+            codec_loss=about["loss"],
             n=s["n"],
             kept=s["kept"],
             precision=precision,
-            codec_seconds=took,
+            codec_seconds=about["train_seconds"],
             n_codes=codec.n_codes,
-            grid=list(codec.grid(config["shape"])),
-            fd_floor=reference(data, judge, s["n"])["fd_floor"],
+            grid=list(codec.grid(config.shape)),
+            fd_floor=reference(data, judge, s["n"])["floor"]["fd_floor"],
         )
 
     def row(arm, seed):
-        (tok, codec, _, _), (feed, unseen) = first(), fed()
+        codec, (feed, unseen) = first().model.codec, fed()
         torch.manual_seed(seed)
         prior = make_prior(arm, codec, tok, config)
         start = time.perf_counter()
         records = fit_prior(prior, feed, config, s["images"], seed, precision)
         row = dict(
-            params=sum(p.numel() for p in prior.parameters()),
+            params=parameters(prior),
             bits=held_out_nll(prior, unseen, 4 * s["n"]),
             images=s["images"],
             train_seconds=time.perf_counter() - start,
             loss=records[-1].loss,
         )
         if arm in ("encoder_decoder", "one_stream"):
-            draw = TwoStage(codec, prior).painter(tok, config)
-            row |= evaluate(draw, data, judge, s["n"], seed, n_heldout=s["n"] // 2) | dict(
-                recipe="parti" if arm != "one_stream" else "dalle"
-            )
+            draw = OnCodes(codec, prior).painter(tok, config)
+            row |= evaluate(draw, data, judge, s["n"], seed, n_heldout=s["n"] // 2)
+            row |= dict(recipe="dalle" if arm == "one_stream" else "parti")
         return row
 
     yield "setting", setting

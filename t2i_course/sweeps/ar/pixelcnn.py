@@ -1,6 +1,5 @@
 "Priors over the codes of VQ-VAE-2: with and without gates, attention, captions; ways to ask, what stays."
 
-import time
 from functools import lru_cache, partial
 
 import torch
@@ -8,41 +7,47 @@ import torch
 from t2i_course.ar.pixelcnn import (
     Histogram,
     Plain,
-    TwoLevelModel,
     bits_per_code,
     build,
     codes_of,
-    make_codec,
     make_prior,
     recipe_for,
+    uses_for,
 )
-from t2i_course.codec.vqvae2 import CodesModel, Levels
+from t2i_course.codec import vqvae2
+from t2i_course.codec.vqvae import OnCodes
+from t2i_course.codec.vqvae2 import Levels
+from t2i_course.core.counting import parameters
 from t2i_course.core.data import Draws
+from t2i_course.core.experiments import best_precision, fit, setting
+from t2i_course.core.metrics import at_most, evaluate, judge_for
 from t2i_course.core.sources import load
-from t2i_course.core.ema import train_arm
-from t2i_course.core.metrics import at_most, evaluate, judge_for, reference
-from t2i_course.core.training import has_bf16, pick_device
 
 
 @torch.no_grad()
 def kept(
-    model,  # a trained TwoLevelModel
+    model,  # an OnCodes with a trained TwoLevelPrior
     tok,  # captions -> Cond
     data,  # captioned pictures with attributes
     judge,  # reads them
+    config,  # its temperature and guidance are not used
     n: int,  # unseen pictures
     seed: int = 0,  # of the drawing
 ) -> dict:  # attribute -> share that shows what the picture showed: fine codes own, fine drawn anew, all anew
     "Keep the coarse codes, draw the fine ones from p(fine|coarse) without a caption: what stays?"
     model.net.eval()
     codes, b = codes_of(model.codec, data, "test", 52, n)
-    cond, draws, plain = tok([""] * n), Draws(seed, torch.arange(n)), dict(guidance=1.0, temperature=1.0)
+    cond, draws, plain = (
+        tok([""] * n),
+        Draws(seed, torch.arange(n)),
+        config | dict(guidance=1.0, temperature=1.0),
+    )
     ways = dict(
         own=codes,
         fine=model.prior.sample(cond, draws, plain, codes.top),
         all=model.prior.sample(cond, draws, plain),
     )
-    read = {k: judge.read(model.codec.decode_codes(c).float()) for k, c in ways.items()}
+    read = {k: judge.read(model.codec.decode(c).float()) for k, c in ways.items()}
     return {a: {k: (r[a] == v).double().mean().item() for k, r in read.items()} for a, v in b.attrs.items()}
 
 
@@ -75,31 +80,21 @@ def experiments(
 ):  # yields ('key.path', make), and make() gives the value
     "Bits a code with and without blind spot, gates, attention, the right caption; ways to draw; what stays"
     s, data, painted = SWEEP[scale], load("digits"), load("painted")
-    judge, precision = judge_for(data), "bf16" if has_bf16(pick_device()) else "fp32"
-    config = recipe_for(data, scale)
+    judge, config, precision = judge_for(data), recipe_for(data, scale), best_precision()
 
-    def setting():
-        return dict(
-            s,
-            ways=[list(w) for w in s["ways"]],
-            precision=precision,
-            seeds=list(seeds),
-            n_codes=list(config["n_codes"]),
-            fd_floor=reference(data, judge, at_most(data, s["n"]))["fd_floor"],
-        )
+    def codec_of(config, data, images, seed):
+        changes = uses_for(config)["codec"][1]
+        return fit(vqvae2.build, vqvae2.recipe_for(data, scale) | changes, data, images, seed, precision)
 
     @lru_cache(1)  # one codec for every arm of a seed
     def coded(seed):
-        torch.manual_seed(seed)
-        codec = make_codec(config)
-        tok, _ = make_prior(config, codec)
-        train_arm(CodesModel(codec), tok, data, config, s["codec"], seed, precision)
-        return codec, *codes_of(codec, data, "test", 50, at_most(data, s["n"]))  # codec, codes, their batch
+        codec = codec_of(config, data, s["codec"], seed)
+        return codec, *codes_of(codec.model.codec, data, "test", 50, at_most(data, s["n"]))  # codes, batch
 
     def histogram(seed):
         codec, codes, _ = coded(seed)
-        seen, _ = codes_of(codec, data, "train", 51, s["read"])
-        tables = {k: Histogram(getattr(seen, k), n) for k, n in zip(Levels._fields, codec.n_codes)}
+        seen, _ = codes_of(codec.model.codec, data, "train", 51, s["read"])
+        tables = {k: Histogram(getattr(seen, k), n) for k, n in zip(Levels._fields, config.n_codes)}
         return {
             k: t.bits(getattr(codes, k)).mean().item() / getattr(codes, k)[0].numel()
             for k, t in tables.items()
@@ -107,49 +102,41 @@ def experiments(
 
     @lru_cache(1)  # all keys of an arm ask for its model
     def trained(name, seed):
-        codec, start = coded(seed)[0], time.perf_counter()
-        tok, prior = make_prior(config, codec, **ARMS[name])
-        model = TwoLevelModel(
-            codec, prior, 0.0, (config["lr"], config["lr"])
-        )  # the codec is trained: its share is 0
-        train_arm(model, tok, data, config, s["images"], seed, precision)
-        return tok, model, time.perf_counter() - start
+        codec = coded(seed)[0].model.codec
+
+        def on_codes(config):
+            tok, prior = make_prior(config, codec, **ARMS[name])
+            return tok, OnCodes(codec, prior)
+
+        return fit(on_codes, config, data, s["images"], seed, precision)
 
     def bits(name, said, seed):
-        (tok, model, _), (_, codes, b) = trained(name, seed), coded(seed)
-        captions = dict(own=b.captions, other=b.captions[1:] + b.captions[:1], none=[""] * len(b.captions))[
-            said
-        ]
-        return bits_per_code(model.prior, tok, codes, captions)
+        arm, (_, codes, b) = trained(name, seed), coded(seed)
+        others = b.captions[1:] + b.captions[:1]
+        captions = dict(own=b.captions, other=others, none=[""] * len(b.captions))[said]
+        return bits_per_code(arm.model.prior, arm.tok, codes, captions)
 
     def row(name, seed):
-        tok, model, took = trained(name, seed)
-        row = evaluate(model.painter(tok, config), data, judge, s["n"], seed)
-        row |= dict(
-            recipe=f"pixelcnn.{name}",
-            params=sum(p.numel() for p in model.net.parameters()),
-            images=s["images"],
-        )
-        return row | dict(train_seconds=took, nfe=model.calls(config))
+        arm = trained(name, seed)
+        params = parameters(arm.model.artist)
+        return arm.row(data, judge, s["n"], seed, recipe=f"pixelcnn.{name}", params=params)
 
     def way(t, w, seed):
-        tok, model, _ = trained(list(ARMS)[-1], seed)
-        row = evaluate(
-            model.painter(tok, config | dict(temperature=t, guidance=w)), data, judge, s["n"], seed
-        )
-        short = {k: row[k] for k in ("fd", "precision", "recall", "seconds_per_1000")} | dict(
-            obedience=row["obedience"]["all"]
-        )
-        return short | dict(temperature=t, guidance=w)
+        arm = trained(list(ARMS)[-1], seed)
+        draw = arm.model.painter(arm.tok, config | dict(temperature=t, guidance=w))
+        row = evaluate(draw, data, judge, s["n"], seed)
+        short = {k: row[k] for k in ("fd", "precision", "recall", "seconds_per_1000")}
+        return short | dict(obedience=row["obedience"]["all"], temperature=t, guidance=w)
 
     def what_stays(seed):
-        torch.manual_seed(seed)
         config = recipe_for(painted, scale)
-        tok, model = build(config)
-        train_arm(model, tok, painted, config, s["painted"], seed, precision)
-        return kept(model, tok, painted, judge_for(painted), s["n"], seed)
+        codec = codec_of(config, painted, round(config.share * s["painted"]), seed)
+        images = round((1 - config.share) * s["painted"])
+        arm = fit(partial(build, codec=codec), config, painted, images, seed, precision)
+        return kept(arm.model, arm.tok, painted, judge_for(painted), config, s["n"], seed)
 
-    yield "setting", setting
+    ways = [list(w) for w in s["ways"]]
+    yield "setting", partial(setting, s, seeds, data, judge, ways=ways, n_codes=config.n_codes)
     for seed in seeds:
         yield f"bits.histogram.seed{seed}", partial(histogram, seed)
         for name in ARMS:

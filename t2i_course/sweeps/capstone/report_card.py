@@ -4,11 +4,13 @@ from functools import partial
 
 import torch
 
+from t2i_course.capstone.report_card import training_memory, variety
+from t2i_course.core.counting import multiply_adds
 from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
 from t2i_course.core.metrics import evaluate, load_judge
 from t2i_course.core.training import has_bf16, pick_device
-from t2i_course.diffusion.ddpm import build, drawer, recipe, times, x0
+from t2i_course.diffusion.ddpm import build, drawer, recipe_for, times, x0
 from t2i_course.gan.adversarial import Stacked, modes_of
 from t2i_course.sweeps.gan.adversarial import SETTINGS, SWEEP
 
@@ -25,11 +27,11 @@ def diffusion_arm(
     w: float = 1.0,  # guidance
 ) -> object:  # draw(captions, seed) -> (n c h w)
     "A DDPM that guesses the clean picture, trained on as many pictures as each GAN it is compared with"
-    config = recipe(data.shape[0], data.words, data.size, scale)
-    config |= dict(n_layers=0, lr=factor * config["lr"], betas=(beta, 0.95), half_life=images / 10)
+    config = recipe_for(data, scale)
+    config |= dict(n_layers=0, lr=factor * config.lr, half_life=images / 10)
     torch.manual_seed(seed)
     tok, den = build(config)
-    den.target = x0
+    den.target, den.parts = x0, {"": dict(betas=(beta, 0.95))}
     train_arm(den, tok, data, config, images, seed, precision)
     return drawer(den, tok, data.shape, times(config, 25), w)
 
@@ -65,3 +67,25 @@ def experiments(
         yield f"diffusion.modes.seed{seed}", partial(modes, seed)
         for i, (factor, beta) in enumerate(SETTINGS[: s["settings"]]):
             yield f"diffusion.settings.{i}.seed{seed}", partial(setting, factor, beta, seed)
+
+
+# ---- every paradigm with the same clock ----
+SECONDS = 120  # training time of a row
+
+
+def paradigm(
+    rows: list,  # measured, one a seed; each gets its variety
+    runs: list,  # the finished runs behind them
+    data,  # painted digits
+    prompts,  # captions that they draw
+) -> dict:  # of the first run
+    "What a row of the report card says beside the usual: variety, and what drawing and training cost"
+    judge, run = load_judge("painted"), runs[0]
+    for row, r in zip(rows, runs):
+        row["variety"] = variety(r.draw, data, judge, prompts)
+    config, draw = run.config, run.model.painter(run.tok, run.config)
+    return dict(
+        multiply_adds=multiply_adds(lambda: draw(prompts[:4], 0)) / 4 / 1e6,  # millions, for one picture
+        memory=training_memory(run.model, run.tok, data, config["batch"], config["precision"]),
+        batch=config["batch"],
+    )

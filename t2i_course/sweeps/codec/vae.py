@@ -1,23 +1,26 @@
 """The sweep of the KL autoencoder's chapter: its four losses, each taken away in turn, on painted digits."""
 
-import time
 from functools import cache, lru_cache, partial
+
 import torch
+from torch import Tensor
+
 from t2i_course.codec.vae import (
     VAE,
     Perceptual,
     active_units,
-    fit,
+    fit_whitened,
     kl_to_normal,
     psnr,
     recipe_for,
     reparameterise,
 )
+from t2i_course.core.counting import parameters
 from t2i_course.core.data import Draws
+from t2i_course.core.experiments import best_precision, setting
+from t2i_course.core.metrics import load_judge, obedience, train_judge
 from t2i_course.core.sources import load
-from t2i_course.core.metrics import at_most, evaluate, load_judge, obedience, reference, train_judge
-from t2i_course.core.training import has_bf16, pick_device
-from torch import Tensor
+from t2i_course.core.training import pick_device
 
 SWEEP = dict(
     smoke=dict(images=96, n=24, reader=3),
@@ -67,7 +70,7 @@ def experiments(
 ):  # yields ('key.path', make), and make() gives the value
     "Each loss taken away in turn, on painted digits; read by the judge and by a reader that took no part"
     s, data, judge = SWEEP[scale], load("painted"), load_judge("painted")
-    precision = "bf16" if has_bf16(pick_device()) else "fp32"
+    precision = best_precision()
 
     @cache
     def reader():
@@ -77,42 +80,31 @@ def experiments(
     def test():
         return data.batch("test", Draws(3, torch.arange(s["n"])))[:2]
 
-    def setting():
+    def shared():
         x, captions = test()
-        return dict(
-            s,
-            precision=precision,
-            seeds=list(seeds),
-            fd_floor=reference(data, judge, at_most(data, s["n"]))["fd_floor"],
-            judge=obedience(judge, x, data, captions)["all"],
-            reader=obedience(reader(), x, data, captions)["all"],
-        )
+        judges = dict(judge=judge, reader=reader())
+        read = {k: obedience(j, x, data, captions)["all"] for k, j in judges.items()}
+        return setting(s, seeds, data, judge) | read
 
     @lru_cache(1)  # both keys of an arm ask for its model
     def trained(name, seed):
-        config, start = recipe_for(data, scale) | ARMS[name], time.perf_counter()
-        return config, *fit(data, config, s["images"], seed, precision), time.perf_counter() - start
+        return fit_whitened(data, recipe_for(data, scale) | ARMS[name], s["images"], seed, precision)
 
     def losses(name, seed):
-        codec, device, (x, captions) = trained(name, seed)[2].codec, pick_device(), test()
+        codec, device, (x, captions) = trained(name, seed).model.codec, pick_device(), test()
         with torch.no_grad():
             y = codec(x.to(device)).cpu().clamp(-1, 1)
-        own = examine(
-            codec, x.to(device), Perceptual(judge).to(device), Draws(seed, torch.arange(len(x)), device)
-        )
-        return own | {
-            k: obedience(j, y, data, captions)["all"] for k, j in dict(judge=judge, reader=reader()).items()
-        }
+        noise = Draws(seed, torch.arange(len(x)), device)
+        own = examine(codec, x.to(device), Perceptual(judge).to(device), noise)
+        judges = dict(judge=judge, reader=reader())
+        return own | {k: obedience(j, y, data, captions)["all"] for k, j in judges.items()}
 
     def row(name, seed):
-        config, tok, model, took = trained(name, seed)
-        row = evaluate(model.painter(tok, config), data, judge, s["n"], seed, s["n"] // 2)
-        row |= dict(
-            recipe=f"vae.{name}", params=sum(p.numel() for p in model.codec.parameters()), images=s["images"]
-        )
-        return row | dict(train_seconds=took, nfe=model.calls(config))
+        arm = trained(name, seed)
+        params = parameters(arm.model.codec)
+        return arm.row(data, judge, s["n"], seed, s["n"] // 2, recipe=f"vae.{name}", params=params)
 
-    yield "setting", setting
+    yield "setting", shared
     for seed in seeds:
         for name in ARMS:
             yield f"losses.{name}.seed{seed}", partial(losses, name, seed)

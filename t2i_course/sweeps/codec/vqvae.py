@@ -1,13 +1,15 @@
 """The sweep of the VQ-VAE chapter: grids and sizes of the codebook, beta, ways to learn the codebook."""
 
-import time
 from functools import cache, lru_cache, partial
+
 import torch
-from t2i_course.codec.vqvae import Blocked, fit, inspect, recipe_for
+
+from t2i_course.codec.vqvae import blocked, build, inspect, recipe_for
 from t2i_course.core.data import Draws
+from t2i_course.core.experiments import best_precision, fit, setting
+from t2i_course.core.metrics import at_most, judge_for
 from t2i_course.core.sources import load
-from t2i_course.core.metrics import at_most, evaluate, judge_for, reference
-from t2i_course.core.training import has_bf16, pick_device
+from t2i_course.core.training import pick_device
 
 SWEEP = dict(
     smoke=dict(images=128, painted=64, n=24),
@@ -42,11 +44,11 @@ def experiments(
 ):  # yields ('key.path', make), and make() gives the value
     "Grids and codebooks on painted digits; on digits beta, ways to learn the codebook, straight-through"
     s, painted, digits = SWEEP[scale], load("painted"), load("digits")
-    precision, device = "bf16" if has_bf16(pick_device()) else "fp32", pick_device()
+    precision, device = best_precision(), pick_device()
     judge, base = judge_for(painted), recipe_for(digits, scale)
-    arms = {f"book.{name}": (own, None) for name, own in BOOKS.items()}
-    arms |= {f"beta.{round(100 * b)}": (dict(beta=b), None) for b in BETAS}  # a point would end the key
-    arms |= {f"through.{name}": (own, Blocked) for name, own in THROUGH.items()}
+    arms = {f"book.{name}": (own, False) for name, own in BOOKS.items()}
+    arms |= {f"beta.{round(100 * b)}": (dict(beta=b), False) for b in BETAS}  # a point would end the key
+    arms |= {f"through.{name}": (own, True) for name, own in THROUGH.items()}
 
     @cache
     def test():
@@ -55,38 +57,31 @@ def experiments(
             for d in (painted, digits)
         }
 
-    def setting():
-        return dict(
-            s,
-            precision=precision,
-            seeds=list(seeds),
-            variance={k: v.var().item() for k, v in test().items()},
-            fd_floor=reference(painted, judge, at_most(painted, s["n"]))["fd_floor"],
-        )
+    def shared():
+        variance = {k: v.var().item() for k, v in test().items()}
+        return setting(s, seeds, painted, judge, variance=variance)
 
     @lru_cache(1)  # both keys of an arm ask for its model
     def trained(grid, k, seed):
-        config, start = recipe_for(painted, scale) | GRIDS[grid] | dict(n_codes=k), time.perf_counter()
-        return config, *fit(painted, config, s["painted"], seed, precision), time.perf_counter() - start
+        config = recipe_for(painted, scale) | GRIDS[grid] | dict(n_codes=k)
+        return fit(build, config, painted, s["painted"], seed, precision)
 
     def codes(*arm):
-        return inspect(trained(*arm)[2].codec, test()["painted"])
+        return inspect(trained(*arm).model.codec, test()["painted"])
 
     def row(grid, k, seed):
-        config, tok, model, took = trained(grid, k, seed)
-        row = evaluate(model.painter(tok, config), painted, judge, s["n"], seed, s["n"] // 2)
-        row |= dict(
-            recipe=f"vqvae.{grid}x{k}",
-            params=sum(p.numel() for p in model.net.parameters()),
-            images=s["painted"],
-        )
-        return row | dict(train_seconds=took, nfe=model.calls(config))
+        name = f"vqvae.{grid}x{k}"
+        return trained(grid, k, seed).row(painted, judge, s["n"], seed, s["n"] // 2, recipe=name)
 
     def on_digits(name, seed):
-        own, q = arms[name]
-        return inspect(fit(digits, base | own, s["images"], seed, precision, q)[1].codec, test()["digits"])
+        own, without = arms[name]
+        config = base | own
+        change = blocked(config) if without else None
+        return inspect(
+            fit(build, config, digits, s["images"], seed, precision, change).model.codec, test()["digits"]
+        )
 
-    yield "setting", setting
+    yield "setting", shared
     for seed in seeds:
         for grid in GRIDS:
             for k in BOOK_SIZES:

@@ -1,26 +1,26 @@
 """The sweep of the VQ-VAE-2 chapter: two levels, two with fine codes hidden at times, one of equal bits."""
 
 import math
-import time
 from functools import lru_cache, partial
+
 import torch
-from t2i_course.codec.vqvae import VQVAE
-from t2i_course.codec.vqvae2 import CodesModel, make_codec, measure, recipe_for, said_where
+
+from t2i_course.codec.vqvae import VQVAE, VQModel
+from t2i_course.codec.vqvae2 import make_codec, measure, recipe_for, said_where
 from t2i_course.core.conditioning import WordTokenizer
+from t2i_course.core.experiments import best_precision, fit, setting
+from t2i_course.core.metrics import judge_for
 from t2i_course.core.sources import load
-from t2i_course.core.ema import train_arm
-from t2i_course.core.metrics import at_most, evaluate, judge_for, reference
-from t2i_course.core.training import has_bf16, pick_device
 
 
 def one_level(
-    config: dict,  # as from `recipe_for`
+    config,  # as from `recipe_for`
 ) -> VQVAE:
     "A single grid, as fine as the finer of the two: K such that h w log2 K equals the bits of both levels"
-    c, (a, b) = config, config["n_codes"]
+    c, (a, b) = config, config.n_codes
     k = round(2 ** (math.log2(a) / 4 + math.log2(b)))
-    widths = (c["widths"][0], int(1.25 * c["widths"][1]))  # and about as many weights
-    return VQVAE(c["shape"][0], widths, k, c["dim"], 2 * c["depth"]).to(memory_format=torch.channels_last)
+    widths = (c.widths[0], int(1.25 * c.widths[1]))  # and about as many weights
+    return VQVAE(c.shape[0], widths, k, c.dim, 2 * c.depth).to(memory_format=torch.channels_last)
 
 
 SWEEP = dict(
@@ -41,40 +41,24 @@ def experiments(
 ):  # yields ('key.path', make), and make() gives the value
     "Two levels, two levels with the fine codes hidden now and then, and one level with equal bits"
     s, data = SWEEP[scale], load("painted")
-    judge, precision = judge_for(data), "bf16" if has_bf16(pick_device()) else "fp32"
-    config = recipe_for(data, scale)
+    judge, precision, config = judge_for(data), best_precision(), recipe_for(data, scale)
 
-    def setting():
-        return dict(
-            s,
-            precision=precision,
-            seeds=list(seeds),
-            n_codes=list(config["n_codes"]),
-            fd_floor=reference(data, judge, at_most(data, s["n"]))["fd_floor"],
-        )
+    def build(name, config):
+        return WordTokenizer(config.words, config.max_len), VQModel(arms()[name](config))
 
     @lru_cache(1)  # both keys of an arm ask for its model
     def trained(name, seed):
-        torch.manual_seed(seed)
-        start, model = time.perf_counter(), CodesModel(arms()[name](config))
-        tok = WordTokenizer(config["words"], config["max_len"])
-        train_arm(model, tok, data, config, s["images"], seed, precision)
-        return tok, model, time.perf_counter() - start
+        return fit(partial(build, name), config, data, s["images"], seed, precision)
 
     def row(name, seed):
-        tok, model, took = trained(name, seed)
-        row = evaluate(model.painter(tok, config), data, judge, s["n"], seed, s["n"] // 2) | measure(
-            model.codec, data, s["n"]
-        )
-        row |= dict(
-            recipe=f"vqvae2.{name}", params=sum(p.numel() for p in model.net.parameters()), images=s["images"]
-        )
-        return row | dict(train_seconds=took, nfe=1)
+        arm = trained(name, seed)
+        row = arm.row(data, judge, s["n"], seed, s["n"] // 2, recipe=f"vqvae2.{name}")
+        return row | measure(arm.model.codec, data, s["n"])
 
     def where(name, seed):
-        return said_where(trained(name, seed)[1].codec, data, judge, s["n"], s["read"])
+        return said_where(trained(name, seed).model.codec, data, judge, s["n"], s["read"])
 
-    yield "setting", setting
+    yield "setting", partial(setting, s, seeds, data, judge, n_codes=list(config.n_codes))
     for seed in seeds:
         for name in arms():
             yield f"arms.{name}.seed{seed}", partial(row, name, seed)

@@ -5,9 +5,9 @@ from functools import lru_cache, partial
 import torch
 
 from t2i_course.core.data import Draws
+from t2i_course.core.sources import load
 from t2i_course.core.experiments import fit
 from t2i_course.core.metrics import evaluate
-from t2i_course.core.sources import load
 from t2i_course.diffusion.ddpm import (
     Denoiser,
     bits_per_dim,
@@ -52,9 +52,12 @@ def experiments(
     @lru_cache(1)  # all keys of an arm ask for its model
     def trained(arm, seed):
         target, by_bound = ARMS[arm]
-        loss = weighted_by_bound if by_bound else None
+
+        def change(den):
+            den.target = target
+
         made = fit(
-            build, config, data, images, seed, change=lambda den: setattr(den, "target", target), loss=loss
+            build, config, data, images, seed, change=change, loss=weighted_by_bound if by_bound else None
         )
         return made.tok, made.model
 

@@ -4,9 +4,9 @@ import copy
 from functools import cache, lru_cache, partial
 
 from t2i_course.core.data import NUMBERS
+from t2i_course.core.sources import load
 from t2i_course.core.experiments import best_precision, fit
 from t2i_course.core.metrics import judge_for, obedience, reference
-from t2i_course.core.sources import load
 from t2i_course.core.training import pick_device
 from t2i_course.diffusion.ddpm import guided, recipe_for
 from t2i_course.diffusion.guidance import (
@@ -68,8 +68,8 @@ def on_digits(
 
     @cache  # the base model is asked for again and again
     def arm(p_drop=0.1, null="text"):
-        fresh = partial(digits_model, seed=seed, p_drop=p_drop, null=null)
-        made = fit(fresh, config, data, s["images"], seed)
+        build = partial(digits_model, p_drop=p_drop, null=null, seed=seed)
+        made = fit(build, config, data, s["images"], seed)
         return made.tok, made.model, made.about
 
     def look(guide, den=None):
@@ -135,19 +135,20 @@ def on_painted(
 ):  # yields (key, make)
     "One model: the sweep of w, and saturation with every remedy"
     data = load("painted")
-    config = painted_config(data, scale) | dict(max_len=12)
+    config, precision = (
+        painted_config(data, scale) | dict(max_len=12),
+        best_precision(),
+    )
     captions, judge = on_gray(data), judge_for(data)
     captions = captions[:: max(1, len(captions) // s["gray"])][: s["gray"]]
 
     @cache
     def trained():
-        fresh = partial(painted_model, data=data, seed=seed, tables=tables())
-        made = fit(fresh, config, data, s["painted"], seed, best_precision())
-        return made.tok, made.model, made.about
+        build = partial(painted_model, data=data, seed=seed, tables=tables())
+        return fit(build, config, data, s["painted"], seed, precision)
 
     def draw(guide, clamp=1.0):
-        tok, den, _ = trained()
-        return painter(den, tok, data.shape, guide, s["steps"], clamp)
+        return painter(trained().model, trained().tok, data.shape, guide, s["steps"], clamp)
 
     @cache
     def look(w):
@@ -160,7 +161,7 @@ def on_painted(
 
     def row():
         row = look(2.0 if 2.0 in s["painted_scales"] else s["painted_scales"][0])
-        return row | trained()[2] | dict(recipe="guidance", nfe=2 * s["steps"])
+        return row | trained().about | dict(recipe="guidance", nfe=2 * s["steps"])
 
     def fixes(name):
         (guide, clamp), found = FIXES[name], []
@@ -195,12 +196,13 @@ def experiments(
         return painted_model(painted_config(painted, scale) | dict(max_len=12), painted)[1].skip.tables
 
     def setting():
-        floor = {k: reference(d, judge_for(d), s["n"])["fd_floor"] for k, d in sets.items()}
+        floor = {k: reference(d, judge_for(d), s["n"])["floor"]["fd_floor"] for k, d in sets.items()}
         about = dict(
             seeds=list(seeds), times=TS, fd_floor=floor, spans={k: list(v) for k, v in SPANS.items()}
         )
         about |= dict(phi=0.7, ratio=0.995, fixed_scale=2.0)
-        return s | about | dict(precision=dict(digits="fp32", painted=best_precision()))
+        low = best_precision()
+        return s | about | dict(precision=dict(digits="fp32", painted=low))
 
     yield "setting", setting
     for seed in seeds:

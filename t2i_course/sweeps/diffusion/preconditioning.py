@@ -1,13 +1,16 @@
 "The sweeps of the preconditioning chapter: EDM, wrong sigma_data, Heun, the ladder of skips, held-out pairs."
 
+import time
 from functools import cache, lru_cache, partial
 
 import torch
 
+from t2i_course.core.counting import parameters
 from t2i_course.core.data import Painted
-from t2i_course.core.experiments import best_precision, fit, setting
-from t2i_course.core.metrics import evaluate, judge_for
 from t2i_course.core.sources import load
+from t2i_course.core.ema import train_arm
+from t2i_course.core.experiments import best_precision, fit
+from t2i_course.core.metrics import evaluate, judge_for, reference
 from t2i_course.core.training import pick_device
 from t2i_course.diffusion.ddpm import VP, drawer, eps, linear_betas, recipe_for, sample
 from t2i_course.diffusion.preconditioning import CaptionGaussian, ScalarSkip, fit_skip, make_arm, word_groups
@@ -86,19 +89,16 @@ def held_out_pairs(
         return fit_skip(den, data, tok, s["fit"]).skip
 
     def row(name, images, seed):
-        fresh = partial(make_arm, process=vp, skip=fitted(name), seed=seed)
+        tok, den = make_arm(config, vp, fitted(name), seed=seed)
+        start = time.perf_counter()
         if images:
-            arm = fit(fresh, config, data, images, seed, precision)
-            tok, den, about = arm.tok, arm.model, arm.about
-        else:  # the closed form alone
-            tok, den = fresh(config)
-            params = sum(p.numel() for p in den.net.parameters())
-            about = dict(images=0, params=params, train_seconds=0.0)
-            den.net.to(device)
-            den.to(device)
+            train_arm(den, tok, data, config, images, seed, precision)
+        made = dict(recipe=f"DDPM, {name}", images=images, train_seconds=time.perf_counter() - start)
+        den.net.to(device)
+        den.to(device)
         w = config.guidance if images else 1.0
         draw = drawer(den, tok, data.shape, torch.linspace(1, 0, steps + 1), w, hold=True, eta=0.0)
-        made = about | dict(recipe=f"DDPM, {name}", nfe=steps * (2 if images else 1))
+        made |= dict(params=parameters(den.net), nfe=steps * (2 if images else 1))
         return evaluate(draw, data, judge, s["n"], seed, s["n"]) | made
 
     for name in safer:
@@ -135,8 +135,8 @@ def experiments(
     def sigma():
         return rungs()["scalar"].tables["sigma_data"].item()
 
-    def shared():
-        sizes = dict(
+    def setting():
+        return dict(
             images=s["images"],
             ladder_images=s["ladder"],
             painted_images=s["painted"],
@@ -144,8 +144,13 @@ def experiments(
             n=n,
             evaluations=evaluations,
             ladder_steps=n_ladder,
+            guidance=w,
+            sigma_data=sigma(),
+            shift=SHIFT,
+            precision=precision,
+            seeds=list(seeds),
+            fd_floor=reference(data, judge, n)["floor"]["fd_floor"],
         )
-        return setting(sizes, seeds, data, judge, guidance=w, sigma_data=sigma(), shift=SHIFT)
 
     def measured(den, seed, ts, w=w, sampler=None):
         den.net.to(device)
@@ -155,8 +160,11 @@ def experiments(
         return row | dict(nfe=calls * (1 if w == 1 else 2), guidance=w)
 
     def trained(name, images, seed, *args, **more):
-        arm = fit(lambda c: make_arm(c, *args, **more, seed=seed), config, data, images, seed, precision)
-        return arm.model, arm.about | dict(recipe=name)
+        def build(config):
+            return make_arm(config, *args, **more, seed=seed)
+
+        made = fit(build, config, data, images, seed, precision)
+        return made.model, made.about | dict(recipe=name)
 
     def ddpm_row(name, seed):
         skip = ScalarSkip(vp, sigma()) if name == "scalar" else None
@@ -184,7 +192,7 @@ def experiments(
         den, made = trained(f"ladder, {name}", s["ladder"], seed, vp, rungs()[name])
         return measured(den, seed, line(n_ladder)) | made
 
-    yield "setting", shared
+    yield "setting", setting
     for seed in seeds:
         for name in ("ddpm", "scalar"):
             yield f"edm.{name}.seed{seed}", partial(ddpm_row, name, seed)

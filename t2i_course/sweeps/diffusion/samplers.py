@@ -6,9 +6,9 @@ from functools import cache, lru_cache, partial
 import torch
 
 from t2i_course.core.data import Draws
-from t2i_course.core.experiments import best_precision, fit, setting
-from t2i_course.core.metrics import evaluate, judge_for
 from t2i_course.core.sources import load
+from t2i_course.core.experiments import best_precision, fit
+from t2i_course.core.metrics import evaluate, judge_for, reference
 from t2i_course.diffusion.ddpm import build, drawer, guided, recipe_for, sample, v
 from t2i_course.diffusion.samplers import (
     SAMPLERS,
@@ -59,6 +59,16 @@ SWEEP = dict(
         look=1000,
     ),
 )
+
+
+def asked_for(den, target):
+    "Change what the network is asked for"
+    den.target = target
+
+
+def silenced(den):
+    "Take the bound out of the loss"
+    den.hybrid = 0.0
 
 
 def base_sweep(
@@ -151,28 +161,27 @@ def experiments(
         o = row(*args)
         return {k: o[k] for k in ("fd", "precision", "recall")} | dict(obedience=o["obedience"]["all"])
 
+    def setting():
+        floor = reference(data, judge, s["n"])["floor"]["fd_floor"]
+        about = dict(images=s["images"], n=s["n"], precision=precision, seeds=list(seeds))
+        return about | dict(guidance=1.0, base="target v, linear betas", fd_floor=floor)
+
     @lru_cache(1)  # all that is measured on a model follows it
     def trained(seed):
-        return fit(
-            build, config, data, s["images"], seed, precision, change=lambda den: setattr(den, "target", v)
-        )
+        return fit(build, config, data, s["images"], seed, precision, change=partial(asked_for, target=v))
 
-    def pair(seed):
+    def base(seed):
         return trained(seed).tok, trained(seed).model
 
     def full_row(seed):
-        arm = trained(seed)
-        ts = uniform(arm.model.process, 20)
-        draw = drawer(arm.model, arm.tok, data.shape, ts, sampler=dpmpp_2m)
-        return arm.row(data, judge, s["n"], seed, draw=draw, recipe="ddpm, target v, dpmpp_2m", nfe=20)
+        made = trained(seed)
+        drawn = row(seed, made.tok, made.model, dpmpp_2m, uniform(made.model.process, 20))
+        return drawn | made.about | dict(recipe="ddpm, target v, dpmpp_2m", nfe=20)
 
     @lru_cache(1)
     def learned(arm, seed):
-        def simple(den):
-            den.hybrid = 0.0
-
-        change = simple if arm == "simple" else None
-        made = fit(build_learned, config, data, s["images"], seed, precision, change)
+        change = silenced if arm == "simple" else None
+        made = fit(build_learned, config, data, s["images"], seed, precision, change=change)
         return made.tok, made.model
 
     @lru_cache(1)
@@ -189,12 +198,10 @@ def experiments(
         tok, den = learned(arm, seed)
         return short(seed, tok, den, partial(varied, share=share), uniform(den.process, n), three)
 
-    about = dict(guidance=1.0, base="target v, linear betas")
-    yield "setting", partial(setting, {k: s[k] for k in ("images", "n")}, seeds, data, judge, **about)
+    yield "setting", setting
     for seed in seeds:
         yield f"rows.seed{seed}", partial(full_row, seed)
-        base = partial(pair, seed)
-        for key, make in base_sweep(base, partial(short, seed), data, s, etas, fine, seed):
+        for key, make in base_sweep(partial(base, seed), partial(short, seed), data, s, etas, fine, seed):
             yield f"{key}.seed{seed}", make
         for arm in ("hybrid", "simple"):
             shares = dict(posterior=0.0, beta=1.0) | (dict(learned=None) if arm == "hybrid" else {})

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from t2i_course.core.data import Painted
+from t2i_course.core.sources import load
 from t2i_course.core.experiments import best_precision, fit
 from t2i_course.core.metrics import evaluate, load_judge, reference
-from t2i_course.core.sources import load
 from t2i_course.diffusion.ddpm import drawer, recipe_for
 from t2i_course.diffusion.schedules import make_arm, schedules, walk
 
@@ -69,7 +69,7 @@ def experiments(
 
     def setting():
         def floor(data, judge):
-            return reference(data, judge, s["n"])["fd_floor"]
+            return reference(data, judge, s["n"])["floor"]["fd_floor"]
 
         return dict(
             images={k: s[k] for k in worlds},
@@ -87,10 +87,9 @@ def experiments(
     def trained(world, name, seed):
         data, judge = worlds[world]
         config = recipe_for(data, scale) | dict(max_len=12)
-        fresh = partial(make_arm, process=processes[name], seed=seed)
-        arm = fit(fresh, config, data, s[world], seed, precision)
-        draw = partial(measured, arm.model, arm.tok, data, judge, n=s["n"], seed=seed)
-        return arm.model.process, draw, arm.about
+        made = fit(partial(make_arm, process=processes[name]), config, data, s[world], seed, precision)
+        draw = partial(measured, made.model, made.tok, data, judge, n=s["n"], seed=seed)
+        return made.model.process, draw, made.about
 
     @lru_cache(1)
     def whole(*arm):  # all steps

@@ -1,9 +1,9 @@
-"The sweep of the terminal SNR chapter: how bright a drawing each schedule, target, spacing and offset allows."
+"The sweep of the terminal SNR chapter: how bright a drawing each schedule, target and spacing allows."
 
 from functools import lru_cache, partial
 
-from t2i_course.core.experiments import best_precision, fit, setting
-from t2i_course.core.metrics import load_judge
+from t2i_course.core.experiments import Arm, best_precision, fit
+from t2i_course.core.metrics import evaluate, load_judge, reference
 from t2i_course.diffusion.ddpm import VP, drawer, sample, uniform_times
 from t2i_course.diffusion.schedules import EDM, edm_times, log_normal, scaled_linear_betas
 from t2i_course.diffusion.terminal_snr import (
@@ -24,6 +24,22 @@ SWEEP = dict(  # training pictures, drawings, steps of the sampler, and few of t
     demo=dict(images=20_000, n=400, steps=25, few=10),
     full=dict(images=2_000_000, n=2_000, steps=50, few=10),
 )
+
+
+def trained_arm(
+    config: dict,  # as from `settings`
+    data,  # captioned pictures
+    images: int,  # training pictures
+    seed: int = 0,  # of weights, data and noise
+    process=None,  # gives coefs(t)
+    times=uniform_times,  # draws -> t
+    plus: float = 1.0,  # see `snr_weight`
+    offset: float = 0.0,  # strength of the offset noise
+    precision: str = "fp32",  # or bf16
+) -> Arm:
+    "Train one arm"
+    loss = partial(make_loss, plus=plus, offset=offset)
+    return fit(partial(build, process=process, times=times), config, data, images, seed, precision, loss=loss)
 
 
 def arms() -> dict:  # name -> what differs
@@ -68,15 +84,17 @@ def experiments(
 ):  # yields ('key.path', make), and make() gives the value
     "Every arm of `arms`, drawn from in every way of `walks`"
     s, data, judge = SWEEP[scale], Papers(), load_judge("painted")
+    precision = best_precision()
     config, changes = settings(data, s["images"], scale), arms()
     ways = {k: walks(k, c["process"], s["steps"], s["few"], c.get("offset", 0.0)) for k, c in changes.items()}
 
+    def setting():
+        floor = reference(data, judge, s["n"])["floor"]["fd_floor"]
+        return dict(s, w=1.0, eta=0.0, precision=precision, seeds=list(seeds), fd_floor=floor)
+
     @lru_cache(1)  # all keys of an arm ask for its model
     def trained(name, seed):
-        own = dict(times=uniform_times, plus=1.0, offset=0.0) | changes[name]
-        fresh = partial(build, process=own["process"], times=own["times"])
-        loss = partial(make_loss, plus=own["plus"], offset=own["offset"])
-        return fit(fresh, config, data, s["images"], seed, best_precision(), loss=loss)
+        return trained_arm(config, data, s["images"], seed, precision=precision, **changes[name])
 
     def drawn(name, way, seed):
         (ts, sampler), arm = ways[name][way], trained(name, seed)
@@ -86,11 +104,11 @@ def experiments(
         return measure(drawn(name, way, seed), data, judge, s["n"], seed)
 
     def row(name, way, seed):
-        about = dict(recipe=f"terminal_snr.{name}", nfe=len(ways[name][way][0]) - 1)
-        draw = drawn(name, way, seed)
-        return trained(name, seed).row(data, judge, s["n"], seed, s["n"] // 2, draw=draw, **about)
+        row = evaluate(drawn(name, way, seed), data, judge, s["n"], seed, s["n"] // 2)
+        made = trained(name, seed).about | dict(recipe=f"terminal_snr.{name}")
+        return row | made | dict(nfe=len(ways[name][way][0]) - 1)
 
-    yield "setting", partial(setting, s, seeds, data, judge, w=1.0, eta=0.0)
+    yield "setting", setting
     for seed in seeds:
         for name in changes:
             for k, way in enumerate(ways[name]):

@@ -5,10 +5,10 @@ from functools import cache, lru_cache, partial
 import torch
 
 from t2i_course.core.data import Painted
-from t2i_course.core.experiments import best_precision, fit, setting
 from t2i_course.core.files import CourseError
-from t2i_course.core.metrics import evaluate, load_judge, reference
 from t2i_course.core.sources import load
+from t2i_course.core.experiments import best_precision, fit
+from t2i_course.core.metrics import evaluate, load_judge, reference
 from t2i_course.diffusion.ddpm import VP, drawer, linear_betas, uniform_times
 from t2i_course.diffusion.preconditioning import fit_skip
 from t2i_course.flow.flow_matching import ETA, build, logit_normal, mode_times, recipe_for
@@ -64,12 +64,14 @@ def arms(
 def make_arm(
     config: dict,  # as from `recipe`
     tables: dict,  # of a fitted skip, shared by all arms
+    seed: int = 0,  # of the weights
     skip: bool = True,  # start from the closed form
     framed: bool = True,  # in the caption's own colour directions
     process=None,  # another path than the line
     times=None,  # another density of t than the config's
 ) -> tuple:  # tokenizer, Denoiser
     "A fresh model of one arm of a comparison"
+    torch.manual_seed(seed)
     tok, den = build(config | dict(skip=skip))
     den.process, den.times = process or den.process, times or den.times
     if skip:
@@ -113,14 +115,14 @@ def controls(
         data, judge = load(name), load_judge(name)
         config = recipe_for(data, scale)
 
-        def fresh(config):
+        def started(config):
             tok, den = build(config | dict(skip=arm == "skip"))
             return tok, fit_skip(den, data, tok, config.fit_images)
 
-        made = fit(fresh, config, data, images, seed, precision)
-        floor = reference(data, judge, n)["fd_floor"]
+        made = fit(started, config, data, images, seed, precision)
+        floor = reference(data, judge, n)["floor"]["fd_floor"]
         one = partial(measure, made.model, made.tok, data, judge, n, seed, held=n // 2, above=0.2)
-        return config, one, made.about | dict(fd_floor=floor)
+        return config, one, dict(loss=made.about["loss"], images=images, fd_floor=floor)
 
     def control(*arm):
         config, one, about = trained(*arm)
@@ -158,15 +160,20 @@ def experiments(
         tok, den = build(config)
         return fit_skip(den, data, tok, config.fit_images).skip.tables
 
+    def setting():
+        floor = reference(data, judge, s["n"])["floor"]["fd_floor"]
+        about = dict(images=s["images"], n=s["n"], steps=config.steps, precision=precision)
+        return about | dict(pairs_in_groups=False, seeds=list(seeds), fd_floor=floor)
+
     @lru_cache(1)  # all keys of an arm ask for its model
     def trained(name, seed):
-        fresh = partial(make_arm, tables=tables(), **changes[name])
-        made = fit(fresh, config, data, s["images"], seed, precision)
-        return partial(measure, made.model, made.tok, data, judge, s["n"], seed), made.about
+        start = partial(make_arm, tables=tables(), seed=seed, **changes[name])
+        made = fit(start, config, data, s["images"], seed, precision)
+        return partial(measure, made.model, made.tok, data, judge, s["n"], seed), made.about["loss"]
 
     def arm(name, seed):
-        one, about = trained(name, seed)
-        return one(held=s["n"] // 2, w=2.0, above=0.2) | about
+        one, loss = trained(name, seed)
+        return one(held=s["n"] // 2, w=2.0, above=0.2) | dict(loss=loss)
 
     def path(name, seed):
         return [trained(name, seed)[0](k) for k in s["nfe"]]
@@ -175,8 +182,7 @@ def experiments(
         one = trained("base", seed)[0]
         return [one(held=s["n"] // 2, w=w, above=a) for w, a in s["guidance"]]
 
-    sizes = dict(images=s["images"], n=s["n"], steps=config.steps)
-    yield "setting", partial(setting, sizes, seeds, data, judge, pairs_in_groups=False)
+    yield "setting", setting
     yield "nfe", lambda: list(s["nfe"])
     yield "guidance", lambda: [list(g) for g in s["guidance"]]
     for seed in seeds:

@@ -2,20 +2,24 @@
 
 import math
 from functools import partial
+
 import torch
+
+from t2i_course.core.counting import parameters
 from t2i_course.core.data import Draws
-from t2i_course.core.files import CourseError
-from t2i_course.core.sources import load
 from t2i_course.core.ema import state_for
-from t2i_course.core.metrics import at_most, evaluate, load_judge, reference
-from t2i_course.core.training import feed, has_bf16, pick_device, train
+from t2i_course.core.experiments import best_precision, setting
+from t2i_course.core.files import CourseError
+from t2i_course.core.metrics import evaluate, load_judge
+from t2i_course.core.sources import load
+from t2i_course.core.training import feed, pick_device, train
 from t2i_course.gan.adversarial import (
     KINDS,
     Stacked,
     ahead,
+    build,
     covered,
     heap_counts,
-    make_arm,
     modes_of,
     points,
     recipe_for,
@@ -45,7 +49,15 @@ RINGS = dict(  # name -> how the ring is trained; Adam's usual beta_1 is .9
 )
 
 
-def fit(
+def fresh(
+    config,  # as from `recipe_for`
+    seed: int,  # of the weights
+) -> tuple:  # config, tokenizer, GAN
+    torch.manual_seed(seed)
+    return config, *build(config)
+
+
+def endured(
     model,  # a fresh GAN; ends with the averaged weights
     tok,  # captions -> Cond
     data,  # captioned pictures
@@ -55,14 +67,14 @@ def fit(
     precision: str = "fp32",
     clip: float = 1.0,  # largest norm of a gradient
 ) -> tuple:  # seconds a step; True where a loss became infinite and training stopped
-    "Train one arm"
+    "Train one arm, also one that may not survive its setting"
     model.net.to(pick_device())
     model.to(pick_device())
     state = state_for(model, config, precision)
     stopped = False
     try:
         for r in train(
-            state, model.loss, feed(data, tok), images=images, batch=config["batch"], seed=seed, clip=clip
+            state, model.loss, feed(data, tok), images=images, batch=config.batch, seed=seed, clip=clip
         ):
             pass
     except CourseError:
@@ -85,7 +97,7 @@ def _short(draw, data, judge, n: int, seed: int) -> dict:
 
 def _toys(s: dict, data, scale: str, seed: int):
     def gradient():
-        config, tok, gan = make_arm(data, scale, seed, **KINDS["vanilla"], lr_disc=2e-3)
+        config, tok, gan = fresh(recipe_for(data, scale) | KINDS["vanilla"] | dict(lr_disc=2e-3), seed)
         return ahead(gan, tok, data, s["ahead"], seed=seed)
 
     def ring(how):
@@ -102,21 +114,21 @@ def _toys(s: dict, data, scale: str, seed: int):
 
 def _penalties(s: dict, data, judge, scale: str, seed: int, precision: str):
     def penalty(change):
-        config, tok, gan = make_arm(data, scale, seed, **KINDS["r1"] | change)
-        took, stopped = fit(gan, tok, data, config, s["images"], seed, precision, clip=math.inf)
+        config, tok, gan = fresh(recipe_for(data, scale) | KINDS["r1"] | change, seed)
+        took, stopped = endured(gan, tok, data, config, s["images"], seed, precision, clip=math.inf)
         return _short(gan.painter(tok, config), data, judge, s["n"], seed) | dict(
             seconds_per_step=took, stopped=stopped
         )
 
     def r3():
-        config, tok, gan = make_arm(data, scale, seed)
-        took, _ = fit(gan, tok, data, config, s["images"], seed, precision)
+        config, tok, gan = fresh(recipe_for(data, scale), seed)
+        took, _ = endured(gan, tok, data, config, s["images"], seed, precision)
         row = evaluate(gan.painter(tok, config), data, judge, s["n"], seed)
         return row | dict(
-            recipe="gan",
-            params=sum(p.numel() for p in gan.artist.parameters()),
+            recipe="adversarial",
+            params=parameters(gan.artist),
             images=s["images"],
-            train_seconds=took * s["images"] / config["batch"],
+            train_seconds=took * s["images"] / config.batch,
             nfe=1,
         )
 
@@ -133,8 +145,8 @@ def _modes(s: dict, judge, scale: str, seed: int, precision: str):
         return dict(modes=len(modes_of(b.x, judge).unique()), true=len(b.attrs["mode"].unique()))
 
     def modes(name):
-        config, tok, gan = make_arm(data, scale, seed, n_layers=0, **KINDS[name])
-        fit(gan, tok, data, config, s["images"], seed, precision)
+        config, tok, gan = fresh(recipe_for(data, scale) | KINDS[name] | dict(n_layers=0), seed)
+        endured(gan, tok, data, config, s["images"], seed, precision)
         draw = gan.painter(tok, config)
         return dict(modes=len(modes_of(draw([data.caption] * n, seed).clamp(-1, 1), judge).unique()))
 
@@ -147,14 +159,9 @@ def _settings(s: dict, data, judge, scale: str, seed: int, precision: str):
     usual = recipe_for(data, scale)
 
     def row(name, factor, beta):
-        config, tok, gan = make_arm(
-            data,
-            scale,
-            seed,
-            **KINDS[name]
-            | dict(betas_gan=[beta, 0.99], lr=factor * usual["lr"], lr_disc=factor * usual["lr_disc"]),
-        )
-        _, stopped = fit(gan, tok, data, config, s["few"], seed, precision)
+        rates = dict(lr=factor * usual.lr, lr_disc=factor * usual.lr_disc, betas_gan=[beta, 0.99])
+        config, tok, gan = fresh(usual | KINDS[name] | rates, seed)
+        _, stopped = endured(gan, tok, data, config, s["few"], seed, precision)
         return _short(gan.painter(tok, config), data, judge, s["n"], seed) | dict(
             factor=factor, beta=beta, stopped=stopped
         )
@@ -170,18 +177,9 @@ def experiments(
 ):  # yields ('key.path', make), and make() gives the value
     "Gradients, rings, penalties, modes and settings, on points and on digits"
     s, data = SWEEP[scale], load("digits")
-    judge, precision = load_judge("digits"), "bf16" if has_bf16(pick_device()) else "fp32"
-
-    def setting():
-        return dict(
-            s,
-            precision=precision,
-            seeds=list(seeds),
-            settings=[list(v) for v in SETTINGS[: s["settings"]]],
-            fd_floor=reference(data, judge, at_most(data, s["n"]))["fd_floor"],
-        )
-
-    yield "setting", setting
+    judge, precision = load_judge("digits"), best_precision()
+    settings = [list(v) for v in SETTINGS[: s["settings"]]]
+    yield "setting", partial(setting, s, seeds, data, judge, settings=settings)
     for seed in seeds:
         yield from _toys(s, data, scale, seed)
         yield from _penalties(s, data, judge, scale, seed, precision)

@@ -1,12 +1,13 @@
 """The sweep of the BigGAN chapter: norms against concatenation, angles of filters, truncation, batch size."""
 
-import time
 from functools import lru_cache, partial
+
+from t2i_course.core.ema import state_for
+from t2i_course.core.experiments import best_precision, fit, setting
+from t2i_course.core.metrics import load_judge
 from t2i_course.core.sources import load
-from t2i_course.core.ema import state_for, train_arm
-from t2i_course.core.metrics import at_most, evaluate, load_judge, reference
-from t2i_course.core.training import feed, has_bf16, pick_device, train
-from t2i_course.gan.biggan import fresh, recipe_for, spectrum
+from t2i_course.core.training import feed, pick_device, train
+from t2i_course.gan.biggan import build, fresh, recipe_for, spectrum
 
 SWEEP = dict(
     smoke=dict(images=128, n=40, batch_images=1024, looks=2, thresholds=(0.5, 2.0)),
@@ -28,7 +29,7 @@ BATCHES = 32, 128, 512
 
 
 def watched(
-    config: dict,  # as from `recipe_for`
+    config,  # as from `recipe_for`
     data,  # captioned pictures
     images: int,  # training pictures
     looks: int,  # how often the pictures are measured on the way
@@ -47,7 +48,7 @@ def watched(
         model.loss,
         feed(data, tok),
         images=images,
-        batch=config["batch"],
+        batch=config.batch,
         seed=seed,
         schedule=lambda f: min(1.0, f / 0.02),
     ):
@@ -67,35 +68,18 @@ def experiments(
 ):  # yields ('key.path', make), and make() gives the value
     "Norms against concatenation, angles of filters, truncation, and the size of the batch"
     s, data, judge = SWEEP[scale], load("digits"), load_judge("digits")
-    precision = "bf16" if has_bf16(pick_device()) else "fp32"
-    base = recipe_for(data, scale)
-
-    def setting():
-        return dict(
-            s,
-            precision=precision,
-            seeds=list(seeds),
-            batch=base["batch"],
-            batches=list(BATCHES),
-            fd_floor=reference(data, judge, at_most(data, s["n"]))["fd_floor"],
-        )
+    precision, base = best_precision(), recipe_for(data, scale)
 
     @lru_cache(1)  # both keys of an arm ask for its model
     def trained(name, seed):
-        config, start = base | ARMS[name], time.perf_counter()
-        tok, model = fresh(config, seed)
-        train_arm(model, tok, data, config, s["images"], seed, precision)
-        return config, tok, model, time.perf_counter() - start
+        return fit(build, base | ARMS[name], data, s["images"], seed, precision)
 
     def row(name, seed):
-        config, tok, model, took = trained(name, seed)
-        row = evaluate(model.painter(tok, config), data, judge, s["n"], seed, 0)
-        row |= dict(recipe=f"biggan.{name}", params=sum(p.numel() for p in model.net.parameters()))
-        return row | dict(images=s["images"], train_seconds=took, nfe=1)
+        return trained(name, seed).row(data, judge, s["n"], seed, 0, recipe=f"biggan.{name}")
 
     def truncation(name, seed):
-        config, tok, model, _ = trained(name, seed)
-        draws = {t: model.painter(tok, config | dict(truncation=t)) for t in s["thresholds"]}
+        arm = trained(name, seed)
+        draws = {t: arm.model.painter(arm.tok, arm.config | dict(truncation=t)) for t in s["thresholds"]}
         return [dict(at=t) | spectrum(d, data, judge, s["n"], seed) for t, d in draws.items()]
 
     def batch(b, seed):
@@ -103,7 +87,7 @@ def experiments(
             base | dict(batch=b), data, s["batch_images"], s["looks"], judge, s["n"], seed, precision
         )
 
-    yield "setting", setting
+    yield "setting", partial(setting, s, seeds, data, judge, batch=base.batch, batches=list(BATCHES))
     for seed in seeds:
         for name in ARMS:
             yield f"arms.{name}.seed{seed}", partial(row, name, seed)

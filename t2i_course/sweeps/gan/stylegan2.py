@@ -1,14 +1,15 @@
 """The sweep of the chapter on StyleGAN2: path length regularisation, truncation, growing, style mixing."""
 
-import time
 from functools import lru_cache, partial
+
 import torch
+
 from t2i_course.core.conditioning import Cond
+from t2i_course.core.counting import parameters
 from t2i_course.core.data import Draws
+from t2i_course.core.experiments import best_precision, fit, setting
+from t2i_course.core.metrics import evaluate, frechet, load_judge
 from t2i_course.core.sources import load
-from t2i_course.core.ema import train_arm
-from t2i_course.core.metrics import at_most, evaluate, frechet, load_judge, reference
-from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.gan.stylegan2 import Large, Tinted, build, followers, path_lengths, recipe_for, smaller
 
 
@@ -20,9 +21,8 @@ def smoothness(
     draws: Draws,  # two z for each picture
     features,  # features(x) -> (b d)
     steps: int = 8,  # of the way from one w to the other
-) -> (
-    dict
-):  # ppl: mean squared step times steps^2; detour: the same over the squared distance of the ends, at least 1
+) -> dict:
+    # ppl: mean squared step times steps^2; detour: the same over the squared distance of the ends, at least 1
     "How far a drawing travels while w goes straight; a detour of 1 is an even and straight way"
     a, b = (gen.w(draws.normal(k, gen.z_dim), cond) for k in ("from", "to"))
     f = torch.stack(
@@ -64,60 +64,35 @@ SWEEP = dict(
 )
 
 
-def fit(
-    data,  # captioned pictures
-    scale: str,  # smoke, demo or full
-    images: int,  # training pictures
-    seed: int = 0,  # of weights, data and noise
-    precision: str = "fp32",
-    **change,  # entries of the recipe
-) -> tuple:  # tokenizer, StyleGAN, config, seconds
-    "Train one arm"
-    torch.manual_seed(seed)
-    config = recipe_for(data, scale) | change
-    tok, gan = build(config)
-    start = time.perf_counter()
-    train_arm(gan, tok, data, config, images, seed, precision)
-    return tok, gan, config, time.perf_counter() - start
-
-
 def experiments(
     scale: str = "demo",  # smoke, demo or full
     seeds=(0, 1),  # of weights, data and noise
 ):  # yields ('key.path', make), and make() gives the value
     "Path length regularisation, truncation, growing, style mixing"
     s, data, judge = SWEEP[scale], load("digits"), load_judge("digits")
-    precision, n, large = "bf16" if has_bf16(pick_device()) else "fp32", s["n"], Large()
-    small, arms = lambda x: judge.features(smaller(x)), dict(path=recipe_for(data, scale)["path"], none=0.0)
-
-    def setting():
-        fd_floor = reference(data, judge, at_most(data, n))["fd_floor"]
-        return dict(s, psi=list(s["psi"]), precision=precision, seeds=list(seeds), fd_floor=fd_floor)
+    precision, n, large = best_precision(), s["n"], Large()
+    small, arms = lambda x: judge.features(smaller(x)), dict(path=recipe_for(data, scale).path, none=0.0)
 
     @lru_cache(1)  # all keys of an arm ask for its model
     def trained(arm, seed):
-        return fit(data, scale, s["images"], seed, precision, path=arms[arm])
+        config = recipe_for(data, scale) | dict(path=arms[arm])
+        return fit(build, config, data, s["images"], seed, precision)
 
-    def row(arm, seed):
-        tok, gan, config, took = trained(arm, seed)
-        row = evaluate(gan.painter(tok, config), data, judge, n, seed)
-        row |= dict(recipe=f"stylegan2.{arm}", params=sum(p.numel() for p in gan.artist.parameters()), nfe=1)
-        return row | dict(images=s["images"], train_seconds=took)
+    def row(name, seed):
+        arm = trained(name, seed)
+        params = parameters(arm.model.artist)
+        return arm.row(data, judge, n, seed, recipe=f"stylegan2.{name}", params=params)
 
-    def path(arm, seed):
-        tok, gan, _, _ = trained(arm, seed)
-        draws = Draws(seed, torch.arange(n))
-        cond = tok(data.batch("test", draws).captions)
-        smooth = smoothness(gan.artist, cond, draws, judge.features)
-        return path_spread(gan.artist, cond, draws, data.shape) | smooth
+    def path(name, seed):
+        arm, draws = trained(name, seed), Draws(seed, torch.arange(n))
+        gan, cond = arm.model.artist, arm.tok(data.batch("test", draws).captions)
+        return path_spread(gan, cond, draws, data.shape) | smoothness(gan, cond, draws, judge.features)
 
     def truncation(centre, seed):
-        tok, gan, config, _ = trained("path", seed)
-        curve = []
+        arm, curve = trained("path", seed), []
         for psi in s["psi"]:
-            row = evaluate(
-                gan.painter(tok, config | dict(truncation=psi, centre=centre)), data, judge, n, seed
-            )
+            config = arm.config | dict(truncation=psi, centre=centre)
+            row = evaluate(arm.model.painter(arm.tok, config), data, judge, n, seed)
             curve.append(
                 {k: row[k] for k in ("fd", "precision", "recall")} | dict(obedience=row["obedience"]["all"])
             )
@@ -125,27 +100,24 @@ def experiments(
 
     def growing(grow, seed):
         b, other = (large.batch("test", Draws(seed, torch.arange(i, i + n))) for i in (0, n))
-        tok, gan, config, took = fit(large, scale, s["grown"], seed, precision, grow=grow)
-        x = gan.painter(tok, config)(b.captions, seed)
-        shown = judge.read(smaller(x))["digit"]
-        return dict(
-            fd=frechet(small(x), small(other.x)),
-            seconds=took,
-            digit=(shown == b.attrs["digit"]).double().mean().item(),
-        )
+        config = recipe_for(large, scale) | dict(grow=grow)
+        arm = fit(build, config, large, s["grown"], seed, precision)
+        x = arm.model.painter(arm.tok, config)(b.captions, seed)
+        digit = (judge.read(smaller(x))["digit"] == b.attrs["digit"]).double().mean().item()
+        return dict(fd=frechet(small(x), small(other.x)), seconds=arm.about["train_seconds"], digit=digit)
 
     def mixing(seed):
         tint = Tinted()
-        tok, gan, config, took = fit(tint, scale, s["tinted"], seed, precision)
-        return followers(gan.artist, tint, judge, tok, n, seed)
+        arm = fit(build, recipe_for(tint, scale), tint, s["tinted"], seed, precision)
+        return followers(arm.model.artist, tint, judge, arm.tok, n, seed)
 
-    yield "setting", setting
+    yield "setting", partial(setting, s | dict(psi=list(s["psi"])), seeds, data, judge)
     for seed in seeds:
         for arm in arms:
             yield f"arms.{arm}.seed{seed}", partial(row, arm, seed)
             yield f"path.{arm}.seed{seed}", partial(path, arm, seed)
             for centre in ("all", "caption") if arm == "path" else ():
                 yield f"truncation.{centre}.seed{seed}", partial(truncation, centre, seed)
-        for arm, grow in dict(direct=0, growing=s["grown"]).items():
+        for arm, grow in dict(direct=0.0, growing=1.0).items():
             yield f"growing.{arm}.seed{seed}", partial(growing, grow, seed)
         yield f"mixing.seed{seed}", partial(mixing, seed)

@@ -1,13 +1,14 @@
 """The sweep of the text GAN chapter: word attention, matching loss, seeking; two stages; two digits."""
 
-import time
 from functools import lru_cache, partial
+
 import torch
-from t2i_course.core.data import Draws, Painted
+
+from t2i_course.core.counting import parameters
+from t2i_course.core.data import Draws
+from t2i_course.core.experiments import best_precision, fit, setting
+from t2i_course.core.metrics import at_most, evaluate, judge_for
 from t2i_course.core.sources import load
-from t2i_course.core.ema import train_arm
-from t2i_course.core.metrics import at_most, evaluate, judge_for, reference
-from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.gan.text_gan import build, by_demands, recipe_for, sketcher, spread
 
 ARMS = dict(  # what differs from the recipe
@@ -28,21 +29,12 @@ def experiments(
     seeds=(0, 1),  # of weights, data and z
 ):  # yields ('key.path', make), and make() gives the value
     "Word attention, matching loss, seeking; two stages against one; two digits; obedience by demands"
-    s, precision = SWEEP[scale], "bf16" if has_bf16(pick_device()) else "fp32"
-    data, two = Painted(), load("painted2")
+    s, precision = SWEEP[scale], best_precision()
+    data, two = load("painted"), load("painted2")
     n, judges = at_most(data, s["n"]), {d.name: judge_for(d) for d in (data, two)}
     arms = {k: (v, data) for k, v in ARMS.items()} | dict(two=({}, two))
 
-    def setting():
-        return dict(
-            images=s["images"],
-            n=n,
-            precision=precision,
-            seeds=list(seeds),
-            fd_floor=reference(data, judges["painted"], n)["fd_floor"],
-        )
-
-    def row(draw, data, seed, **about):
+    def row(draw, data, seed, about):
         b = data.batch("test", Draws(900 + seed, torch.arange(2 * n)))
         counts = by_demands(judges[data.name], draw(b.captions, seed), data, b.captions)
         return (
@@ -54,31 +46,22 @@ def experiments(
     @lru_cache(1)  # a sketch comes from the model before it
     def trained(name, seed):
         change, d = arms[name]
-        config = recipe_for(d, scale) | change
-        torch.manual_seed(seed)
-        tok, model = build(config)
-        start = time.perf_counter()
-        train_arm(model, tok, d, config, s["images"], seed, precision)
-        params = [sum(p.numel() for p in m.parameters()) for m in (model.artist, model.net)]
-        about = dict(
-            recipe=name,
-            params=params[0],
-            params_trained=params[1],
-            images=s["images"],
-            nfe=model.calls(config),
-            train_seconds=time.perf_counter() - start,
-        )
-        return config, tok, model, about
+        arm = fit(build, recipe_for(d, scale) | change, d, s["images"], seed, precision)
+        params = [parameters(m) for m in (arm.model.artist, arm.model.net)]
+        arm.about |= dict(recipe=name, params=params[0], params_trained=params[1])
+        return arm
 
     def finished(name, seed):
-        config, tok, model, about = trained(name, seed)
-        return row(model.painter(tok, config), arms[name][1], seed, **about)
+        arm = trained(name, seed)
+        about = arm.about | dict(nfe=arm.model.calls(arm.config))
+        return row(arm.model.painter(arm.tok, arm.config), arms[name][1], seed, about)
 
     def sketched(name, sketch, seed):  # what the second part starts from
-        _, tok, model, about = trained(name, seed)
-        return row(sketcher(model, tok), arms[name][1], seed, **about | dict(recipe=sketch, nfe=1))
+        arm = trained(name, seed)
+        about = arm.about | dict(recipe=sketch, nfe=1)
+        return row(sketcher(arm.model, arm.tok), arms[name][1], seed, about)
 
-    yield "setting", setting
+    yield "setting", partial(setting, dict(images=s["images"], n=n), seeds, data, judges["painted"])
     for seed in seeds:
         for name in arms:
             yield f"arms.{name}.{seed}", partial(finished, name, seed)

@@ -2,7 +2,8 @@
 
 from functools import partial
 
-from t2i_course.scale.recipes import PEAKS, PRICES, count, macs, memory, n_params, of_published
+from t2i_course.core.counting import macs
+from t2i_course.scale.recipes import PEAKS, PRICES, count, memory, n_params, of_published
 
 
 def experiments(

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from t2i_course.core.data import Draws
-from t2i_course.core.experiments import best_precision, fit
-from t2i_course.core.metrics import evaluate, frechet, judge_for
 from t2i_course.core.sources import load
+from t2i_course.core.experiments import best_precision, fit
+from t2i_course.core.metrics import evaluate, frechet, judge_for, real_floor
 from t2i_course.core.training import pick_device
 from t2i_course.diffusion.ddpm import SIZES as UNET_SIZES, UNetConfig, drawer, text_unet
 from t2i_course.diffusion.preconditioning import fit_skip
@@ -98,6 +98,12 @@ def experiments(
         draws = Draws(0, torch.arange(len(data.labels[split])))
         return judge.features(data.batch(split, draws).x)
 
+    def floor():  # captions come in turn: labels have nearly the same share in drawings and pictures
+        parts = [data.batch(k, Draws(0, torch.arange(len(data.labels[k])))) for k in ("train", "test")]
+        features = torch.cat([see("train"), see("test")])
+        labels = torch.cat([b.attrs[data.attribute] for b in parts])
+        return real_floor(features, s["n"], len(see("train")), labels)["fd_floor"]
+
     def setting():
         return dict(
             images=s["images"],
@@ -106,14 +112,14 @@ def experiments(
             steps=s["steps"],
             precision=precision,
             seeds=list(seeds),
-            fd_floor=frechet(see("test")[: s["n"]], see("train")),
+            fd_floor=floor(),
             size=size,
         )
 
     fitted = {}
 
     def trained(build, config, data, seed, images=None, seconds=None):
-        def fresh(config):
+        def started(config):
             tok, den = build(config)
             den.net.to(device)
             den.to(device)
@@ -123,14 +129,14 @@ def experiments(
                 den.skip.tables = dict(fitted)
             return tok, den
 
-        arm = fit(fresh, config, data, images, seed, precision, seconds=seconds)
-        about = {"train_loss" if k == "loss" else k: v for k, v in arm.about.items()}
-        return arm.tok, arm.model, about | dict(params=n_params(arm.model.net))
+        made = fit(started, config, data, images, seed, precision, seconds=seconds)
+        about = made.about | dict(params=n_params(made.model.net), train_loss=made.about["loss"])
+        return made.tok, made.model, about
 
     def digits_row(seed, *arm):
         tok, den, made = trained(build, mini(base, *arm), data, seed, s["images"])
-        row = score(den, tok, data, judge, see("train"), s["n"], seed, s["steps"])
-        return row | made | dict(macs=macs(den.net.net, base.max_len))
+        row = made | score(den, tok, data, judge, see("train"), s["n"], seed, s["steps"])
+        return row | dict(macs=macs(den.net.net, base.max_len))
 
     def painted_row(recipe, seed, build, config, **budget):
         tok, den, made = trained(build, config, painted, seed, **budget)
