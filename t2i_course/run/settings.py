@@ -45,7 +45,6 @@ def settings(
     mod, use = module_of(recipe), use or {}
     check_roles(recipe, mod, data, use)
     ds = ds or open_data(data, size, use.get("codec"))
-    say_size(ds)
     if images is None and seconds is None:
         images = IMAGES[scale]
     if precision == "auto":
@@ -148,17 +147,19 @@ def run_folder(
     out: Path,  # run folder
     resume: bool,  # may it hold a run?
     given: dict,  # option -> value, None where it was not given
+    config=None,  # settings of a new run, as from `draft`, if they are made already
+    ds=None,  # its pictures, if they are open
 ):
     "The settings of a run and its pictures, if they are open; inside, nobody else writes there"
     taken = CourseError(f"{out} already holds a run: go on with it by --resume, or choose another --out")
-    config, ds = None, None
-    if not holds_run(out):
-        if resume:
-            say(f"{out} holds no run yet: starting from the beginning")
-        config, ds = draft(out, given)
+    if holds_run(out):
+        if not resume:
+            raise taken
+        config, ds = None, None
+    else:
+        if config is None:
+            config, ds = draft(out, given, ds)
         make_folder(out)
-    elif not resume:
-        raise taken
     with one_writer(out):
         if config is None:
             config = same_run(out, given)
@@ -178,13 +179,16 @@ def holds_run(out: Path) -> bool:
 def draft(
     out: Path,  # run folder
     given: dict,  # option -> value, None where it was not given
+    ds=None,  # its pictures, if they are open already
 ) -> tuple:  # settings, pictures
     "The settings of a new run; what is not given is as usual"
     new = given | {k: given[k] if given[k] is not None else v for k, v in USUAL.items()}
     module_of(new["recipe"])  # before pictures are read
     shares = new.pop("shares", {})
     check_roles(new["recipe"], module_of(new["recipe"]), new["data"], new["use"] or {})
-    ds = open_data(new["data"], new["size"], (new["use"] or {}).get("codec"))
+    if ds is None:
+        ds = open_data(new["data"], new["size"], (new["use"] or {}).get("codec"))
+        say_size(ds)
     config = settings(**new | dict(scale=new["scale"] or current_scale(), ds=ds, out=out))
     uses = {k: v | dict(share=shares[k]) if k in shares else v for k, v in config.uses.items()}
     return config | dict(uses=uses), ds

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from t2i_course.core.files import CourseError, between
+from t2i_course.core.files import CourseError, between, say
 from t2i_course.core.guards import same_threads
 from t2i_course.core.runfiles import read_config
 from t2i_course.core.sources import is_path
@@ -52,9 +52,11 @@ def train_all(
 ):
     "The runs that are needed and were not given, one after the other, then the run itself"
     given, shares = dict(given), {}
-    plan = []
+    plan, config, ds = [], None, None
     if not ranks.rank and not holds_run(out):
-        config, _ = draft(out, given)
+        if resume:
+            say(f"{out} holds no run yet: starting from the beginning")
+        config, ds = draft(out, given)
         for need in needs(config):
             plan.append((*need, given_for(need, config, given)))
             say_needs(needed_run(out, need.role), need, config)
@@ -63,7 +65,9 @@ def train_all(
         train_all(folder, resume, own, how, ranks)
         given["use"] = (given["use"] or {}) | {role: str(folder)}
         shares[role] = share
-    train_one(out, resume, given | (dict(shares=shares) if shares else {}), how, ranks)
+    if shares:  # now it is known what the run stands on
+        given, config = given | dict(shares=shares), None
+    train_one(out, resume, given, how, ranks, config, ds)
 
 
 def needed_run(out: Path, role: str) -> Path:
@@ -71,12 +75,12 @@ def needed_run(out: Path, role: str) -> Path:
     return out.with_name(f"{out.name}-{role}")
 
 
-def train_one(out: Path, resume: bool, given: dict, how, ranks):
+def train_one(out: Path, resume: bool, given: dict, how, ranks, config=None, ds=None):
     "One run; process 0 writes its config, or stops with a sentence, before the others read it"
     if ranks.rank:
         ranks.wait()
         return fit_run(out, read_config(out), how, ranks)
-    with run_folder(out, resume, given) as (config, ds):
+    with run_folder(out, resume, given, config, ds) as (config, ds):
         ranks.wait()
         fit_run(out, config, how, ranks, ds)
 
