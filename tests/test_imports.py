@@ -126,5 +126,6 @@ def test_a_docstring_is_one_string(path):
     "The second of two strings on lines of their own would be a statement that does nothing."
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         body = getattr(node, "body", None)
-        texts = [isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) for n in body] if isinstance(body, list) else []
+        lone = [n.value for n in body if isinstance(n, ast.Expr)] if isinstance(body, list) else []
+        texts = [isinstance(value, ast.Constant) and isinstance(value.value, str) for value in lone]
         assert not any(a and b for a, b in zip(texts, texts[1:])), ast.get_docstring(node)

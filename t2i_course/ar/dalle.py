@@ -19,8 +19,7 @@ from ..core.contracts import Config as RunConfig, of_data
 from ..core.data import Draws
 from ..core.training import everyone
 from ..core.experiments import Arm, best_precision, fit
-from ..codec import vqvae
-from ..codec.vqvae import OnCodes
+from ..codec.vqvae import OnCodes, build as build_codec, recipe_for as codec_recipe
 from .pixelcnn import guided, pick
 
 # %% ../../nbs/07_ar/02_dalle.ipynb #8145a285
@@ -617,7 +616,7 @@ def codec_for(
 )->Arm:          # the trained codec, for `build`
     "The run that `uses_for` asks for, trained here and now"
     _,changes,_ = uses_for(config)['codec']
-    return fit(vqvae.build, vqvae.recipe_for(data)|changes, data, images, seed, best_precision())
+    return fit(build_codec, codec_recipe(data)|changes, data, images, seed, best_precision())
 
 # %% ../../nbs/07_ar/02_dalle.ipynb #cc72b310
 def build(

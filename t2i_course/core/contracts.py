@@ -51,7 +51,7 @@ class Codec(Protocol):
         ...
 
     def sample(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
-        "z to x0, what a model learns: a whitened draw, or without noise the mean. Codes stay codes"
+        "z to x0, what a model learns: a whitened draw of the posterior; no noise: its mean. Codes stay codes"
         ...
 
     def decode(self, x0: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"The sweep of the terminal SNR chapter: how bright a drawing each schedule, target, spacing and offset allows."
+"The sweep of the terminal SNR chapter: how bright a drawing each schedule, target and spacing allows."
 
 from functools import lru_cache, partial
 
