@@ -3,21 +3,20 @@
 {address of the chapter: [(exercise, what it is, code that defines `answer`)]}; the code sees the names of the page."""
 
 NEIGHBOURS = {
-    "diffusion.samplers": [
-        (2, "Heun in place of the midpoint", """
-def answer(slope, y, l, l_next):
-    a = slope(y, l)
-    return y+(l_next-l)*(a+slope(y+(l_next-l)*a, l_next))/2
+    "core.data": [
+        (1, "one normal number, not two", "def answer(u): return 2**.5*torch.erfinv(1-u)"),
+    ],
+    "core.conditioning": [
+        (2, "no mask", "def answer(q, k, v, mask): return (q@k.transpose(1, 2)/q.shape[-1]**.5).softmax(-1)@v"),
+        (2, "the mask the wrong way round", """
+def answer(q, k, v, mask): return F.scaled_dot_product_attention(q, k, v, attn_mask=~mask[:,None]).nan_to_num()
 """),
     ],
-    "flow.flow_matching": [
-        (2, "the midpoint in place of Heun", """
-def answer(v, x, ts):
-    for t,s in zip(ts[:-1], ts[1:]):
-        a = v(x, t.expand(len(x)))
-        x = x-(t-s)*v(x-(t-s)/2*a, ((t+s)/2).expand(len(x)))
-    return x
-"""),
+    "core.ema": [
+        (1, "the decay of a whole batch", "def answer(H, n, k): return .5**(n/H)"),
+    ],
+    "core.metrics": [
+        (1, "the whole covariance", "def answer(fa, fb): return frechet(fa, fb)"),
     ],
     "gan.adversarial": [
         (2, "half of the gradient is cut off", "def answer(disc, x, u, h): return ((disc(x+h*u)-disc(x).detach())/h).square()"),
@@ -28,5 +27,91 @@ def answer(disc, x, u, h):
     slope, = torch.autograd.grad(disc(x).sum(), x, create_graph=True)
     return slope.square().sum(1)
 """),
+    ],
+    "gan.text_gan": [
+        (2, "every fourth number is a head", """
+def answer(q, k, v, mask, heads):
+    parts = [u.unflatten(2, (-1, heads)).permute(0,3,1,2) for u in (q, k, v)]
+    return F.scaled_dot_product_attention(*parts, attn_mask=mask[:,None,None]).transpose(1, 2).flatten(2)
+"""),
+    ],
+    "codec.vae": [
+        (2, "free bits for all channels together", """
+def answer(mean, logvar, free): return kl_to_normal(mean, logvar).mean((0,2,3)).sum().clamp_min(free)
+"""),
+    ],
+    "codec.dvae": [
+        (2, "straight through without the noise", """
+def answer(logits, noise, tau):
+    y = (logits/tau).softmax(1)
+    return y+(F.one_hot(y.argmax(1), y.shape[1])-y).detach()
+"""),
+    ],
+    "diffusion.ddpm": [
+        (1, "DDIM's step in place of the ancestral one", """
+def answer(x, noise, i, betas, abar):
+    guess = (x-(1-abar[i]).sqrt()*noise)/abar[i].sqrt()
+    return abar[i-1].sqrt()*guess+(1-abar[i-1]).sqrt()*noise
+"""),
+        (2, "the noise as the target", """
+def answer(net, pics, noise, abar, t):
+    alpha,sigma = (u.view(-1, 1, 1, 1) for u in (abar.sqrt(), (1-abar).sqrt()))
+    return F.mse_loss(net(alpha*pics+sigma*noise, t), noise)
+"""),
+        (2, "another time for the network", """
+def answer(net, pics, noise, abar, t):
+    alpha,sigma = (u.view(-1, 1, 1, 1) for u in (abar.sqrt(), (1-abar).sqrt()))
+    return F.mse_loss(net(alpha*pics+sigma*noise, 1-t), alpha*noise-sigma*pics)
+"""),
+    ],
+    "diffusion.schedules": [
+        (2, "not cut at 0.999", """
+def answer(d):
+    return betas_from_abar((torch.cumprod(1-cosine_betas(), 0).logit()+2*math.log(64/d)).sigmoid())
+"""),
+    ],
+    "diffusion.samplers": [
+        (2, "Heun in place of the midpoint", """
+def answer(slope, y, l, l_next):
+    a = slope(y, l)
+    return y+(l_next-l)*(a+slope(y+(l_next-l)*a, l_next))/2
+"""),
+        (2, "Euler that looks twice", """
+def answer(slope, y, l, l_next):
+    slope(y, l)
+    return y+(l_next-l)*slope(y, l)
+"""),
+    ],
+    "diffusion.guidance": [
+        (1, "the weights of the variances, not of the precisions", "def answer(m, v_c, v_u, w): return w*m,w*v_c+(1-w)*v_u"),
+    ],
+    "diffusion.terminal_snr": [
+        (2, "to zero, whatever was asked", "def answer(betas, last): return rescale_zero_terminal_snr(betas)"),
+    ],
+    "flow.flow_matching": [
+        (2, "the midpoint in place of Heun", """
+def answer(v, x, ts):
+    for t,s in zip(ts[:-1], ts[1:]):
+        a = v(x, t.expand(len(x)))
+        x = x-(t-s)*v(x-(t-s)/2*a, ((t+s)/2).expand(len(x)))
+    return x
+"""),
+    ],
+    "ar.pixelcnn": [
+        (3, "a constant that suits this model", "def answer(surprise): return .6"),
+    ],
+    "ar.dalle": [
+        (2, "the best two in place of the nucleus", """
+def answer(logits, p): return logits.masked_fill(logits<logits.topk(2, 1).values[:,-1:], -math.inf)
+"""),
+    ],
+    "scale.mixed_precision": [
+        (3, "the usual start of a loss scaler", "def answer(grads): return 16"),
+    ],
+    "scale.fsdp": [
+        (2, "FSDP as cheap as DDP", "def answer(params, size, how): return 2*4*params*(size-1)/size"),
+    ],
+    "scale.pipeline": [
+        (3, "a half-life of 20 steps", "def answer(): return .5**(1/20)"),
     ],
 }

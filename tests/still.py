@@ -2,14 +2,18 @@
 
 Each rule measures every page. A page within the limit is not in the list; a page beyond it stands there with its number of
 today. `python tests/still.py` brings the numbers up to date after a page became better, and refuses where one became worse."""
+import ast
 import json
 import math
 import re
+import runpy
 
 from quiz import questions
+from stated import over_the_course
 from tree import ROOT, chapters, notebooks
 
 FILE = ROOT / "tests" / "still.json"
+PAGES = runpy.run_path(str(ROOT / "tools" / "pages.py"))
 WORDS, LINES, LONGEST = 3_500, 25, 2
 
 
@@ -47,11 +51,31 @@ def longest_is_right(page):
     return n if n > LONGEST else 0
 
 
+def fixed_answers(page):
+    "Exercises whose answer has no arguments: one number is right, and a reader may try until it is found."
+    trees = [node for cell in page.section("Exercises") if cell.kind == "code" for node in cell.code.body]
+    empty = [node for node in trees if isinstance(node, ast.FunctionDef) and ast.unparse(node.body[-1]) == "raise NotImplementedError"]
+    return sum(not node.args.args for node in empty)
+
+
+def older_outputs(page):
+    "1 where the outputs were made by other code than the page shows, or where nobody wrote down by which."
+    return int(PAGES["is_older"](page.path))
+
+
+def without_source(page):
+    "Decimals and percentages in the prose that are neither marked nor printed near by, neither a setting nor cited."
+    return sum(not number.marked and not number.known for number in over_the_course()[str(page)])
+
+
 RULES = {
     "words of prose": (words, notebooks),
     "cells over 25 lines": (long_cells, notebooks),
     "lines beyond 25": (lines_too_many, notebooks),
     "longest option is right": (longest_is_right, chapters),
+    "numbers without a source": (without_source, notebooks),
+    "exercises without arguments": (fixed_answers, chapters),
+    "outputs older than the code": (older_outputs, notebooks),
 }
 
 

@@ -26,6 +26,7 @@ def unlike(wanted, exercise, check, answers):
 
 def test_the_untouched_cell_is_the_readers_turn(page):
     "It neither fails nor is it graded."
+    assert len(page[1]) == 3 and all(e.check and e.template and e.right for e in page[1])
     assert not [line for e in page[1] for line in unlike({"your turn"}, e, e.check, {"the untouched cell": e.template})]
 
 

@@ -254,14 +254,11 @@ def exercises(chapter):
 
 
 @every_chapter
-def test_has_three_exercises_checked_by_code(chapter):
+def test_has_three_exercises_with_folded_solutions(chapter):
+    "`test_exercises.py` puts answers to their checkers."
     groups = exercises(chapter)
     assert len(groups) == 3
-    for cells in groups:
-        name, text = cells[0].source.splitlines()[0], "\n".join(cell.source for cell in cells)
-        code = [cell.source for cell in cells if cell.kind == "code"]
-        assert re.search(r"check|assert", "\n".join(code)), f"{name}: check the answer"
-        assert re.search(FOLDED, text), f"{name}: fold the solution"
+    for cells in groups: assert re.search(FOLDED, "\n".join(cell.source for cell in cells)), f"{cells[0].source}: fold the solution"
 
 
 @every_chapter
@@ -344,7 +341,7 @@ def keys(value):
     return set().union(*map(keys, value)) if isinstance(value, list) else set()
 
 
-RESULTS = [path for path in files() if path.match("results/*.json")]
+RESULTS = [path for path in files() if path.match("results/*.json") and path.name != "pages.json"]  # that one has a stamp a page
 
 
 HEAD = dict(chapter=r"[a-z0-9_]+", command=r"t2i .+", date=r"20\d\d-\d\d-\d\d", hardware=r".+ cores?|.*(?i:cpu|gpu|cuda|nvidia).*")

@@ -267,6 +267,7 @@ class Repainted(NamedTuple):
     said: Tensor    # (b c + c c) the same, repeated
     loss: Tensor    # (b) what quantising costs
 
+# %% ../../nbs/03_codec/02_vqvae.ipynb #f15f0262
 class Palette(nn.Module):
     "A VQ-VAE for pictures in their own colours; the first row of its grid holds codes of the colours"
     limit = math.inf # codes are no numbers that a sampler may clamp
