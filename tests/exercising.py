@@ -48,13 +48,13 @@ def changes(cell, names):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and root(node.func) in names \
             and re.search(r"_$|^(append|update|load_state_dict|fit|hold|requires_grad_)$", node.func.attr): return True
         if isinstance(node, ast.For) and isinstance(node.iter, ast.Call) and getattr(node.iter.func, "id", "") == "train" \
-            and {n.id for n in ast.walk(node.iter) if isinstance(n, ast.Name)} & names: return True
+            and {n.id for arg in node.iter.args[:2] for n in ast.walk(arg) if isinstance(n, ast.Name)} & names: return True  # state, loss
     return False
 
 
 def root(node):
-    "`a` of `a.b[c].d`"
-    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)): node = node.func if isinstance(node, ast.Call) else node.value
+    "`a` of `a.b[c].d`; a call in between makes another object."
+    while isinstance(node, (ast.Attribute, ast.Subscript)): node = node.value
     return getattr(node, "id", None)
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes, save as to_bytes
 from torch import nn, Tensor
+from .counting import parameters
 from .data import Draws, dial
 from .files import CourseError, fingerprint, not_written, write_json, write_whole
 from .sources import load
@@ -770,7 +771,7 @@ def make_judges(
         judge = train_judge(data, steps, width=width, progress=progress)
         made = dict(
             data=name, source=data.source, learned_from=judge_split(data), steps=steps, batch=128, seeds=[0],
-            seconds=round(time.perf_counter()-start), parameters=sum(p.numel() for p in judge.parameters()))
+            seconds=round(time.perf_counter()-start), parameters=parameters(judge))
         cards[name] = save_judge(judge, where/f'{name}.safetensors', **made, **ceilings(judge, data),
             chapter='metrics', command='t2i run metrics', scale=scale, date=str(date.today()),
             hardware=f'{torch.get_num_threads()} CPU threads, {platform.machine()}',

@@ -1,4 +1,4 @@
-"The sweep of the terminal SNR chapter: how bright a drawing each schedule, target and spacing allows."
+"How bright a drawing each schedule, target, spacing and offset allows: the terminal SNR sweep."
 
 from functools import lru_cache, partial
 
