@@ -69,6 +69,7 @@ def test_set_reads_what_people_type():
     assert (config.lr, config.batch, config.widths, config.hold, config.limit, config.steps, config.kind) == \
         (1e-4, 128, (64, 128), True, None, 100, "cosine")
     assert set_fields(config, ["limit=2"]).limit == 2. and type(set_fields(config, ["limit=2"]).limit) is float
+    assert set_fields(config, ["limit=.5", "lr=+1e-3", "steps=1e2"]).limit == .5
 
 
 @pytest.mark.parametrize("item, says", [("lr", "FIELD=VALUE"), ("lrate=1", "no field 'lrate'"), ("batch=many", "batch must be a whole number"),

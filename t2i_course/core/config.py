@@ -174,7 +174,7 @@ def parsed(
     if kind in (list, tuple) and not text.startswith("["):
         text = f"[{text}]"
     try:
-        value = json.loads(text)
+        value = float(text) if kind in (int, float) else json.loads(text)  # .5 is a number, though not in JSON
     except ValueError:
         value = text
         if kind in (list, tuple):  # words without quotes
