@@ -173,8 +173,8 @@ def parsed(
         return fitted(words.get(text.lower(), text), kind, name)
     if kind in (list, tuple) and not text.startswith("["):
         text = f"[{text}]"
-    try:
-        value = float(text) if kind in (int, float) else json.loads(text)  # .5 is a number, though not in JSON
+    try:  # .5 is a number, though not in JSON
+        value = float(text) if kind in (int, float) else json.loads(text)
     except ValueError:
         value = text
         if kind in (list, tuple):  # words without quotes
