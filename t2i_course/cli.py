@@ -1,4 +1,4 @@
-"""The `t2i` command: what can be typed, and the help for it. What the commands do stands in run/ and bench/."""
+"""The `t2i` command: what can be typed, and help. What the commands do stands in run/ and bench/."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from typer import Argument
 from t2i_course.core.files import CourseError, between, say
 from t2i_course.core.guards import Stopped
 from t2i_course.core.register import recipe, recipes, sweeps
-from t2i_course.run.chapter import run_chapter
+from t2i_course.run.chapter import at_scale, run_chapter
 from t2i_course.run.data import prepare_data, write_data
 from t2i_course.run.demo import demo
 from t2i_course.run.doctor import doctor
@@ -171,10 +171,15 @@ def run_command(
     chapter: Annotated[str, Argument(metavar="CHAPTER", help="its name")],
     seeds: Annotated[int, n("how many")] = 2,
     seconds: Annotated[float | None, n("training time of a row (default 60)")] = None,
+    scale: Annotated[
+        Literal["smoke", "demo", "full"] | None,
+        told("size of models and sweeps (default: T2I_SCALE, else demo)"),
+    ] = None,
     out: File = None,
 ):
     "Make the measurements of a chapter (results/CHAPTER.json); again: go on with the first that is missing."
-    run_chapter(chapter, first_seeds(seeds), between(seconds, 0.1, 1e6, "--seconds"), out)
+    with at_scale(scale):
+        run_chapter(chapter, first_seeds(seeds), between(seconds, 0.1, 1e6, "--seconds"), out)
 
 
 def first_seeds(n: int) -> tuple:

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import torch
 from t2i_course.run.settings import settings
-from t2i_course.run import train as command
+from t2i_course.run import fit as command
+from t2i_course.run.train import train_run
 from t2i_course.core.files import CourseError
 from t2i_course.core.guards import Stopped
 from t2i_course.scale import fsdp
 
 
 def watched(found, stop=None):
-    "run.train.follow, noting losses and the weights at the end; after `stop` steps the process gets a SIGTERM"
+    "run.fit.follow, noting losses and the weights at the end; after `stop` steps the process gets a SIGTERM"
     real = command.follow
     def follow(state, records, run, config, extra=None, every=20., *more):
         for i, record in enumerate(real(state, records, run, config, extra, 1e9, *more), 1):
@@ -40,8 +41,8 @@ def trial(recipe, out, data="digits", batches=4, extra=1, stop=None, resume=Fals
     config = settings(recipe, data, "smoke", None, 1, 0, "fp32")
     command.follow = watched(found, stop)
     try:
-        command.train_run(recipe, data, scale="smoke", images=batches * config["batch"] + extra, out=out, resume=resume,
-                      precision=precision, quiet=True, **how)
+        train_run(recipe, data, scale="smoke", images=batches * config["batch"] + extra, out=out, resume=resume,
+                  precision=precision, quiet=True, **how)
     except Stopped: found["stopped"] = True
     except CourseError as e: found["refused"] = str(e)
     except Exception: found["crashed"] = traceback.format_exc()

@@ -89,7 +89,8 @@ def test_unknown_and_missing_fields_are_refused():
         from_json(Own, values | dict(sample_steps=50), "runs/a/config.json")
     with pytest.raises(CourseError, match="lacks lr, batch"):
         from_json(Own, {k: v for k, v in values.items() if k not in ("lr", "batch")}, "config.json")
-    with pytest.raises(CourseError, match="config.json: batch must be a whole number; got 'x'"): from_json(Own, values | dict(batch="x"), "config.json")
+    with pytest.raises(CourseError, match="config.json: batch must be a whole number; got 'x'"):
+        from_json(Own, values | dict(batch="x"), "config.json")
     with pytest.raises(CourseError, match="guidence"): Own(**NEEDED) | dict(guidence=2.)
 
 
@@ -142,7 +143,8 @@ def data_sets(folder):
     for i in range(3):
         Image.new("RGB", (16, 16), (80 * i, 0, 0)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"red number {i}")
-    return [*map(load, ("digits", "painted", "painted2", str(folder))), Wrapped(load("painted")), Stacked(), Tinted(), Large(), Recoloured(), Papers()]
+    own = [Stacked(), Tinted(), Large(), Recoloured(), Papers()]
+    return [*map(load, ("digits", "painted", "painted2", str(folder))), Wrapped(load("painted")), *own]
 
 
 def test_all_data_of_the_course_meet_their_type(tmp_path):

@@ -213,7 +213,7 @@ def test_palette_is_a_discrete_codec():
     x = Painted().batch("test", Draws(0, torch.arange(5))).x
     ids = codec.encode(x)
     assert ids.shape == (5, *codec.grid((3, 32, 32))) == (5, 9, 8) and ids.max() < 7
-    assert codec.decode(ids).shape == x.shape and codec.loss(x).shape == (5,)
+    assert codec.decode(ids).shape == x.shape and codec.cost(x, *codec(x)).shape == (5,)
 
 
 # --- Re-ranking ---

@@ -4,9 +4,8 @@ import json
 import pytest
 import torch
 
-from t2i_course.run.demo import clock_text, judged
-from t2i_course.run.demo import demo as make
-from t2i_course.run.measure import margin, row_text
+from t2i_course.run.demo import clock_text, judged, demo as make
+from t2i_course.run.text import margin, row_text
 from t2i_course.core.conditioning import drawn_from
 
 

@@ -16,7 +16,7 @@ from t2i_course.diffusion.preconditioning import fit_skip
 from t2i_course.sweeps.transformer import dit as sweep
 from t2i_course.sweeps.transformer.dit import UNetBeside, build_unet
 from t2i_course.transformer.dit import (
-    DiT, WAYS, ZeroBlock, attend, build, counted_macs, from_diffusers, macs, n_params, patchify,
+    DiT, WAYS, ZeroBlock, build, counted_macs, fast_attend, from_diffusers, macs, n_params, patchify,
     positions, published, recipe_for, time_waves, to_diffusers, unpatchify)
 
 PAPER = dict(S=(32.96, 6.06), B=(130.51, 23.01), L=(458.10, 80.70), XL=(675.13, 118.62)) # million, billion
@@ -111,8 +111,8 @@ def test_plain_attention_is_the_fused_one(masked):
     q, k, v = (torch.randn(2, 3, n, 8, generator=g) for n in (6, 5, 5))
     mask = torch.tensor([True, True, False, True, False])[None, None, None].expand(2, 1, 1, 5) if masked else None
     want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    assert torch.allclose(attend(q, k, v, mask), want, atol=1e-6)
-    low = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
+    assert torch.allclose(fast_attend(q, k, v, mask), want, atol=1e-6)
+    low = fast_attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
     assert low.dtype == torch.bfloat16 and (low.float() - want).abs().max() < .05
 
 

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from t2i_course.core.data import Draws
-from t2i_course.core.files import CourseError
+from t2i_course.core.files import CourseError, fingerprint
 from t2i_course.core.sources import load
-from t2i_course.core.metrics import (
-    DRAWINGS, N_SPLITS, SEED, SHIPPED, at_most, ceilings, cut_at, evaluate, even_order, fingerprint, frechet, glyph_space,
-    judge_for, kid, load_judge, make_judges, nearest_rate, obedience, obeys, paired_gap, precision_recall, protocol,
-    read_card, read_judge, real_floor, reference, save_judge, shuffled, train_judge, weights_path)
+from t2i_course.core.metrics import (DRAWINGS, N_SPLITS, SEED, SHIPPED, at_most, ceilings, cut_at, evaluate,
+                                     even_order, frechet, glyph_space, judge_for, kid, load_judge,
+                                     make_judges, nearest_rate, obedience, obeys, paired_gap,
+                                     precision_recall, protocol, read_card, read_judge, real_floor,
+                                     reference, save_judge, shuffled, train_judge, weights_path)
 
 SHIPPABLE = [name for name in SHIPPED if name != "mnist"]  # mnist's pictures may not be on this machine
 
@@ -328,7 +329,7 @@ def test_the_reference_of_digits_is_unmoved_and_complete():
 def test_what_is_compared_has_the_same_n():
     "Two methods at one n share reference, captions and floor; another n has another floor, which its row states."
     data = load("digits")
-    one, two = (evaluate(lambda c, s: of_label(data, c, k), data, n=60) for k in ("train", "test"))
+    one, two = (evaluate(lambda c, s, k=k: of_label(data, c, k), data, n=60) for k in ("train", "test"))
     keys = ("n", "n_reference", "n_each", "fd_floor", "splits", "floor_sizes", "precision_real")
     assert [one[k] for k in keys] == [two[k] for k in keys]
     more = evaluate(lambda c, s: of_label(data, c), data, n=240)

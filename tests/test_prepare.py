@@ -17,7 +17,7 @@ from t2i_course.core.training import State, feed, train
 from t2i_course.diffusion import ddpm
 
 DIGITS = load("digits")
-CONFIG = ddpm.recipe(1, DIGITS.words, DIGITS.size, "smoke") | dict(shape=[1, 16, 16])
+CONFIG = ddpm.recipe_for(DIGITS, "smoke")
 
 
 def state_of(config=CONFIG, seed=0, **how):
@@ -254,3 +254,18 @@ def test_unseen_pictures_need_the_data_set_that_was_prepared(folder):
 def test_another_index_is_refused(tmp_path):
     (tmp_path / "index.json").write_text('{"shards": []}')  # as an earlier version of the course cached latents
     with pytest.raises(CourseError, match="another kind.*t2i prepare"): Shards(tmp_path)
+
+
+def test_numbers_and_pictures_of_a_condition_are_cached_too(tmp_path):
+    "What a frozen encoder says beside vectors: the size of a picture, a picture to follow"
+    tok = WordTokenizer(DIGITS.words, DIGITS.size)
+    encoder = TextEncoder(len(tok), DIGITS.size, 8, 1).eval()
+    def text(captions):
+        with torch.no_grad(): cond = encoder(tok(captions))
+        cond.numbers, cond.image = torch.full((len(cond), 2), 16.), torch.ones(len(cond), 1, 4, 4)
+        return cond
+    prepare(DIGITS, tmp_path, 20, text=text, shard_size=8, store="float16")
+    shards = Shards(tmp_path, window=0)
+    _, cond = shards.told()(Draws(0, torch.arange(6)))
+    assert cond.numbers.shape == (6, 2) and cond.image.shape == (6, 1, 4, 4) and (cond.numbers == 16).all()
+    assert shards.null().image.shape == (1, 1, 4, 4) and cond.drop(torch.arange(6) < 3, shards.null()).seq.shape == cond.seq.shape

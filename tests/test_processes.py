@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from t2i_course.core.register import recipe as module_of, recipes
-from t2i_course.run.settings import settings
+from t2i_course.run.settings import needs, settings
+from t2i_course.run.train import train_run
 from t2i_course.core.data import Draws
 from t2i_course.core.files import CourseError
 from t2i_course.core.ema import EMA
@@ -33,10 +34,21 @@ LARGEST, RMS = 1e-4, 1e-6
 def folder(tmp_path_factory): return tmp_path_factory.mktemp("processes")
 
 
+def standing(recipe, folder):
+    "Role -> the finished run that a recipe stands on, trained once and by one process"
+    found = {}
+    for need in needs(settings(recipe, "digits", "smoke", None, 1, 0, "fp32")):
+        found[need.role] = str(folder / f"{recipe}-{need.role}")
+        if (Path(found[need.role]) / "train.json").exists(): continue
+        train_run(need.recipe, "digits", scale="smoke", images=64, out=found[need.role], changes=need.changes, precision="fp32", quiet=True)
+    return found
+
+
 @pytest.fixture(scope="module")
 def two(folder):
     "(recipe, how, what) -> what each of two processes has left; all of it in one launch"
-    def one(recipe, how, name, **more): return dict(recipe=recipe, out=str(folder / f"{how}-{recipe}{name}"), shard=how, **more)
+    def one(recipe, how, name, **more):
+        return dict(recipe=recipe, out=str(folder / f"{how}-{recipe}{name}"), shard=how, use=standing(recipe, folder), **more)
     todo = {}
     for recipe, how in product(recipes(), HOWS):
         todo[recipe, how, "end"] = one(recipe, how, "")
@@ -60,7 +72,7 @@ def two(folder):
 def alone(folder):
     made, threads = {}, torch.get_num_threads()
     def get(recipe):
-        if recipe not in made: made[recipe] = processes.trial(recipe, folder / f"alone-{recipe}")
+        if recipe not in made: made[recipe] = processes.trial(recipe, folder / f"alone-{recipe}", use=standing(recipe, folder))
         return made[recipe]
     torch.set_num_threads(1)
     yield get

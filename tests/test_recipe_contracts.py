@@ -203,7 +203,8 @@ def test_a_denoiser_of_latents_paints_pictures(name):
     "Nothing outside asks for a codec: the model decodes, and its sampler has room for numbers beyond 1"
     module, data = recipe(name), load("digits")
     vae = recipe("vae")
-    codec = uses_of(type("needs", (), dict(uses_for=staticmethod(lambda config: dict(codec=("vae", {}, .5))))), vae.recipe_for(data, "smoke"))["codec"]
+    needs = type("needs", (), dict(uses_for=staticmethod(lambda config: dict(codec=("vae", {}, .5)))))
+    codec = uses_of(needs, vae.recipe_for(data, "smoke"))["codec"]
     grid = codec.model.codec.grid(data.shape)
     class Latent:  # as shards of latents are read
         shape = grid

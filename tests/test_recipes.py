@@ -13,6 +13,7 @@ from t2i_course.run.sample import sample_run
 from t2i_course.run.settings import settings
 from t2i_course.core import runs as core_runs
 from t2i_course.run.train import train_run
+from t2i_course.core.config import to_json
 from t2i_course.core.data import Draws
 from t2i_course.core.sources import load
 from t2i_course.core.files import load_tensors
@@ -47,7 +48,7 @@ def test_module_says_what_it_is(recipe):
     assert module.__doc__.strip() and hasattr(module, "build")
     config = settings(recipe, "painted2", "smoke", None, 64, 0, "fp32")
     assert config["recipe"] == recipe and config["shape"] == [3, 32, 32]
-    json.dumps(config)
+    json.dumps(to_json(config))
 
 
 @every_recipe
@@ -104,7 +105,7 @@ def test_draws_what_it_is_asked_for(recipe, runs, capsys):
 def test_says_which_options_it_has_no_use_for(recipe, runs, capsys):
     model = open_run(runs(recipe))
     given = dict(steps=2, guidance=1.5, temperature=.8, truncation=.7, candidates=2)
-    model.draw(PROMPTS[:1], 0, **given)
+    sample_run(model, PROMPTS[:1], quiet=True, **given)
     said = capsys.readouterr().err
     for option in given: assert (f"--{option}" in said) == (option not in model.model.options), option
     assert model.model.calls(model.config) >= 1

@@ -9,7 +9,7 @@ from PIL import Image
 from t2i_course import cli
 from t2i_course.run.progress import progress_bar
 from t2i_course.run.sample import sample_run
-from t2i_course.run import train as command
+from t2i_course.run import fit as command
 from t2i_course.run.train import train_run
 from t2i_course.core import files
 from t2i_course.core.files import CourseError
@@ -301,7 +301,7 @@ def test_no_room_for_the_checkpoint(children, tmp_path):
     assert p.exitcode==2 and not (out/'checkpoint.safetensors').exists() and not list(out.glob('.*.part'))
 
 def test_head_start_longer_than_the_clock(capsys):
-    bar = progress_bar(SimpleNamespace(seconds=4.), dict(images=None, seconds=2.), quiet=False)
+    bar = progress_bar(SimpleNamespace(seconds=4.), None, 2., quiet=False)
     bar(None)
     assert '2/2 s' in capsys.readouterr().err
 

@@ -163,11 +163,10 @@ def test_only_a_full_disk_is_called_full(tmp_path, e, full, capsys, monkeypatch)
         assert ('space' in said)==full and e.strerror in said
 
 def test_shards_and_latents_tell_the_cause_too(tmp_path, monkeypatch):
-    from t2i_course.codec.vae import _put
-    from t2i_course.scale.recipes import _write_whole
+    from t2i_course.core.prepare import put
     for e,full in CAUSES[:4]:
         def replace(*args, e=e): raise e
-        for write in (_put, _write_whole):
+        for write in (put, lambda path, raw: files.write_whole(path, lambda p: p.write_bytes(raw))):
             with monkeypatch.context() as m:
                 m.setattr(os, 'replace', replace)
                 with pytest.raises(CourseError) as told: write(tmp_path/'a', b'')
@@ -267,7 +266,7 @@ def test_a_folder_that_moved_can_be_named_anew(tmp_path, capsys, monkeypatch):
     other = pictures(tmp_path/'other', words='something else')
     assert 'other pictures' in refused(capsys, 'train', '--resume', '--out', out, '--data', other)
     assert t2i('train', '--resume', '--out', out, '--data', moved, '--quiet')==0
-    assert json.loads((out/'config.json').read_text(encoding='utf-8'))['data']==str(moved)
+    assert json.loads((out/'config.json').read_text(encoding='utf-8'))['data']=='../deutsch'
     assert (out/'model.safetensors').read_bytes()==(whole/'model.safetensors').read_bytes()
     assert t2i('eval', whole, '--n', 8, '--data', moved)==0
     assert t2i('sample', whole, '--prompt', 'rote', '--steps', 2, '--out', tmp_path/'a.npz')==0
@@ -438,7 +437,7 @@ def test_kept_rows_match_or_are_made_anew(tmp_path, monkeypatch, capsys):
     made = []
     def train_run(recipe, data, seconds, seed, out, resume):
         made.append(resume)
-        files.write_json(make_folder(out)/'config.json', settings(recipe, data, scale(), seconds, None, seed, 'auto'))
+        runfiles.write_config(make_folder(out), settings(recipe, data, scale(), seconds, None, seed, 'auto'))
     def eval_run(out, n):
         row = dict(obedience=dict(all=.5), fd=1., fd_floor=1., recall=.5, n=n, versions=versions())
         files.write_json(out/'metrics.json', row)

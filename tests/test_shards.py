@@ -9,12 +9,12 @@ from t2i_course.run.sample import sample_run
 from t2i_course.run.settings import settings
 from t2i_course.run.train import train_run
 from t2i_course.core.data import Draws
+from uses import built
 from t2i_course.core.files import CourseError
 from t2i_course.core.sources import load, origin
 from t2i_course.core.metrics import SEED
 from t2i_course.core.prepare import prepare
 from t2i_course.core.shards import Shards
-from uses import built
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,6 @@ def test_cm3leon_repaints_the_pictures_of_the_shards(folder, monkeypatch):
     from t2i_course.ar import cm3leon
     config = settings("cm3leon", str(folder / "painted"), "smoke", None, 64, 0, "fp32") | dict(tasks=[0., 1., 0.])
     tok, model = built(cm3leon, config)
-    model.prepare(load(str(folder / "painted")), tok, config)
     asked = []
     real = cm3leon.Recoloured.batch
     monkeypatch.setattr(cm3leon.Recoloured, "batch", lambda self, split, draws: asked.append(draws) or real(self, split, draws))

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import drawings
 from t2i_course.run.data import expectation
-from t2i_course.run.measure import row_text
+from t2i_course.run.text import row_text
 from t2i_course.core.runs import open_run
 from t2i_course.run.train import train_run
 from t2i_course.core.data import Draws

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.conditioning import Cond, PAD, WordTokenizer
-from ..core import contracts
+from ..core.contracts import of_data
 from ..core.data import Draws, HELD_OUT, Painted
 from ..core.sources import load, origin
 from ..codec.vqvae import OnCodes
@@ -363,6 +363,7 @@ SIZES = dict(smoke=dict(codec_widths=(16,16,24), codec_depth=1, n_codes=32, code
              full=dict(codec_widths=(128,192,256), codec_depth=2, n_codes=512, code_dim=16, dim=512,
                        n_layers=12, n_heads=8, batch=256, memory=100_000))
 
+# %% ../../nbs/07_ar/04_cm3leon.ipynb #cb50e58a
 def recipe_for(
     data,               # captioned pictures
     scale:str='demo',   # smoke, demo or full
@@ -370,7 +371,7 @@ def recipe_for(
 )->Config:
     "Everything `build` needs to make the same model again: a grid of 4 x 4 codes, and a row for the colours"
     size = SIZES[scale]|dict(codec_widths=halved(data, SIZES[scale]['codec_widths']))
-    return Config(**contracts.of_data(data), lr=2e-3, half_life=4_000,
+    return Config(**of_data(data), lr=2e-3, half_life=4_000,
                   palette=data.shape[0]>1, tasks=[.7,.15,.15], **size)
 
 def build(

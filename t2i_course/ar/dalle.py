@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.conditioning import Block, Cond, PAD, TextEncoder, WordTokenizer, attend as look, cat
-from ..core import contracts
+from ..core.contracts import Config as RunConfig, of_data
 from ..core.data import Draws
 from ..core.training import everyone
 from ..core.experiments import Arm, best_precision, fit
-from ..codec import vqvae
-from ..codec.vqvae import OnCodes
+from ..codec.vqvae import OnCodes, build as build_codec, recipe_for as codec_recipe
 from .pixelcnn import guided, pick
 
 # %% ../../nbs/07_ar/02_dalle.ipynb #8145a285
@@ -439,6 +438,7 @@ def contrast(
     total = matched(*rows, scale.detach()).sum()
     return matched(a, b, scale)[mine]+(total-total.detach())/len(mine)
 
+# %% ../../nbs/07_ar/02_dalle.ipynb #872f70d8
 class Scorer(nn.Module):
     """A small CLIP (arXiv:2103.00020): picture and caption as unit vectors, whose product says how well they
     fit"""
@@ -495,6 +495,7 @@ class Both(nn.Module):
         "The loss: that of the prior and that of the scorer"
         return self.prior(codes, cond, draws)+self.scorer(x, cond, draws)
 
+# %% ../../nbs/07_ar/02_dalle.ipynb #78ce37f6
 class DallE(OnCodes):
     "A prior on the codes of a finished codec; beside it a scorer that chooses among candidates"
     options = OnCodes.options|dict(candidates=(1, 1000, True,
@@ -539,7 +540,7 @@ PARADIGM = 'VQ + AR' # the recipe stands for it in the report card
 PICTURES = True # it trains on pictures, not on latents
 
 @dataclass(kw_only=True)
-class OnCodesConfig(contracts.Config):
+class OnCodesConfig(RunConfig):
     "Of a prior on the codes of a VQ-VAE, which is a run of its own"
     dim: int               # width of the prior
     n_heads: int           # heads an attention
@@ -555,6 +556,7 @@ class OnCodesConfig(contracts.Config):
     code_dim: int          # numbers a code
     palette: bool          # colours have codes of their own
 
+# %% ../../nbs/07_ar/02_dalle.ipynb #ae18d539
 @dataclass(kw_only=True)
 class Config(OnCodesConfig):
     "Of DALL-E's prior and its scorer"
@@ -567,6 +569,7 @@ class Config(OnCodesConfig):
     scorer: bool=True      # train one, to choose among candidates
     candidates: int=1      # drawings a caption
 
+# %% ../../nbs/07_ar/02_dalle.ipynb #ae18d538
 SIZES = dict(smoke=dict(codec_widths=(8,16,32), codec_depth=1, n_codes=32, code_dim=8, dim=32, n_layers=2,
                         n_heads=2, batch=32, count_images=512),
              demo=dict(codec_widths=(32,64,96), codec_depth=1, n_codes=128, code_dim=8, dim=128, n_layers=3,
@@ -592,9 +595,10 @@ def recipe_for(
     # two inks on one paper: more to say in a code
     if data.name=='painted2': size |= dict(n_codes=2*size['n_codes'], share=.35)
     size['codec_widths'] = halved(data, size['codec_widths'])
-    return Config(**contracts.of_data(data), lr=2e-3, half_life=4000, temperature=.6,
+    return Config(**of_data(data), lr=2e-3, half_life=4000, temperature=.6,
                   palette=data.shape[0]>1, **size)
 
+# %% ../../nbs/07_ar/02_dalle.ipynb #17544825
 def uses_for(
     config:OnCodesConfig,
 )->dict:                  # role -> recipe, changes of its config, share of the clock
@@ -612,7 +616,7 @@ def codec_for(
 )->Arm:          # the trained codec, for `build`
     "The run that `uses_for` asks for, trained here and now"
     _,changes,_ = uses_for(config)['codec']
-    return fit(vqvae.build, vqvae.recipe_for(data)|changes, data, images, seed, best_precision())
+    return fit(build_codec, codec_recipe(data)|changes, data, images, seed, best_precision())
 
 # %% ../../nbs/07_ar/02_dalle.ipynb #cc72b310
 def build(
@@ -659,6 +663,7 @@ def right(
     return torch.tensor([all(read[k][i].item()==v for k,v in data.demands(c).items())
                          for i,c in enumerate(captions)])
 
+# %% ../../nbs/07_ar/02_dalle.ipynb #7c392370
 @torch.no_grad()
 def candidates(
     model:DallE,   # trained

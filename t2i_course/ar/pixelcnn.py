@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.conditioning import Cond, WordTokenizer, caption_encoder, cat
-from ..core import contracts
+from ..core.contracts import Config as RunConfig, of_data
 from ..core.data import Draws
 from ..codec.vqvae import OnCodes
 from ..codec.vqvae2 import Levels, VQVAE2
@@ -326,7 +326,7 @@ class TwoLevelPrior(nn.Module):
 PICTURES = True # it trains on pictures, not on latents
 
 @dataclass(kw_only=True)
-class Config(contracts.Config):
+class Config(RunConfig):
     "Both priors; the codec is a run of its own"
     recipe: str='pixelcnn'
     width: int             # channels of the priors
@@ -345,6 +345,7 @@ class Config(contracts.Config):
     z_dim: int             # numbers a code
     hide: float=.1         # share of the training pictures that are drawn without their fine codes
 
+# %% ../../nbs/07_ar/01_pixelcnn.ipynb #097d96ec
 SIZES = dict( # one row a scale
     smoke=dict(codec_widths=(16,32), n_codes=(32,16), z_dim=8, codec_depth=1, width=32, depth=2, dim=32,
                n_layers=0, batch=16, lr=6e-3),
@@ -354,13 +355,14 @@ SIZES = dict( # one row a scale
               dim=512, n_layers=4, batch=256, lr=3e-4),
 )
 
+# %% ../../nbs/07_ar/01_pixelcnn.ipynb #097d96ed
 def recipe_for(
     data,              # captioned pictures, sides multiples of 16
     scale:str='demo',  # smoke, demo or full
     seconds:float=None,# of training
 )->Config:
     "Everything `build` needs to make the same model again"
-    return Config(**contracts.of_data(data), half_life=10_000, **SIZES[scale])
+    return Config(**of_data(data), half_life=10_000, **SIZES[scale])
 
 def uses_for(
     config:Config,
@@ -387,6 +389,7 @@ def make_prior(
     bottom = kind(b, grids.bottom, c.dim, above=a, **how)
     return tok,TwoLevelPrior(enc, top, bottom, tok.null(), c.p_drop, c.blind)
 
+# %% ../../nbs/07_ar/01_pixelcnn.ipynb #94817a3f
 def build(
     config:Config,
     codec,   # a finished run of vqvae2

@@ -194,7 +194,7 @@ def digits(
 
     config = recipe_for(ruler.data, "smoke" if small else "demo", 60)
     res["roofline"] = keep(
-        "roofline", lambda: roofline(config, ruler.data, 4 if small else 30), config=config
+        "roofline", lambda: roofline(config, ruler.data, 4 if small else 30), config=to_json(config)
     )
     write_json(path, res)
     say(f"wrote {path}")

@@ -45,8 +45,7 @@ def conv_peak(
     bf16: bool,  # or float32
     rounds: int = 6,
 ) -> dict:  # GFLOP/s of each shape; the largest is the peak
-    "The fastest 3x3 convolution of this machine: forward and backward, several shapes, the best of"
-    "several calls"
+    "The fastest 3x3 convolution of this machine: forward and backward, several shapes, best of several calls"
     found = {}
     for batch, c, s in (
         (64, 64, 14),

@@ -5,7 +5,15 @@ import time
 import torch
 
 from t2i_course.core.data import Draws
-from t2i_course.core.metrics import broken_strokes, frechet, judge_for, obedience, precision_recall
+from t2i_course.core.files import CourseError
+from t2i_course.core.metrics import (
+    broken_strokes,
+    frechet,
+    judge_for,
+    obedience,
+    precision_recall,
+    real_floor,
+)
 
 
 class Ruler:
@@ -22,10 +30,13 @@ class Ruler:
         ]
         self.train = self.judge.features(real[0].x)
         every = torch.cat([self.train, self.judge.features(real[1].x)])
-        self.n = min(n, len(every) // 4)
-        folds = torch.arange(len(every)) // self.n
-        self.floors = [frechet(every[folds == i], every[folds != i]) for i in range(len(every) // self.n)]
-        self.floor = sum(self.floors) / len(self.floors)
+        if n > len(every) // 4:
+            raise CourseError(
+                f"{data.name} has {len(every):,} pictures: a floor needs four times n, which is {n:,}"
+            )
+        self.n = n
+        self.floors = real_floor(every, self.n, len(self.train))  # of the same sizes as a row
+        self.floor = self.floors["fd_floor"]
         self.broken_real = broken_strokes(torch.cat([r.x for r in real]))
         self.ceiling = obedience(self.judge, real[1].x, data, real[1].captions)["all"]
 
@@ -38,10 +49,8 @@ class Ruler:
             judge="digits read by the shipped judge",
             captions="the ten digits in turn",
             reference=f"{len(self.train):,} training digits",
-            fd_floor=self.floor,
-            fd_floors_of_folds=[round(f, 4) for f in self.floors],
-            floor=f"mean over {len(self.floors)} disjoint sets of {self.n:,} real digits, each against "
-            f"all the others",
+            **self.floors,
+            floor="mean over random cuts of training and test digits, of the sizes of a row",
             accuracy_real=self.ceiling,
             broken_real=self.broken_real,
             k=5,

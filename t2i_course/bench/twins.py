@@ -86,8 +86,7 @@ def roofline(
     data,  # digits
     rounds: int = 30,
 ) -> dict:  # GFLOP/s of the whole step and its share of the peak
-    "The arithmetic of the convolutions and matrix products of a training step, over its time and over"
-    "the machine's peak"
+    "The arithmetic of a training step (convolutions, matrix products), over its time and the machine's peak"
     from t2i_course.flow.flow_matching import build
     from t2i_course.diffusion.preconditioning import fit_skip
     from torch.profiler import ProfilerActivity, profile

@@ -29,8 +29,7 @@ def training_memory(
     x,cond,draws,most = b.x.to(dev),tok(b.captions).to(dev),Draws(0, torch.arange(batch), dev),(0, 0)
     params = lambda m: sum(p.numel()*p.element_size() for p in m.parameters())
     state,was = {k:v.clone() for k,v in net.state_dict().items()},{p:p.requires_grad for p in net.parameters()}
-    if not any(was.values()): net.requires_grad_(True) # a finished run, in which nothing learns any more
-    net.train()
+    net.train().requires_grad_(True) if not any(was.values()) else net.train() # of a finished run nothing learns
     for t in turns:
         if t.part: net.requires_grad_(False); net.get_submodule(t.part).requires_grad_(True)
         with torch.autocast(dev.type, torch.bfloat16, enabled=precision=='bf16'):
@@ -38,8 +37,9 @@ def training_memory(
         most = max(most, (held+params(net.get_submodule(t.part)), held))
     for p,learns in was.items(): p.requires_grad_(learns)
     net.load_state_dict(state) # a loss may write into buffers (a codebook, a running mean)
-    weights = tensor_bytes(state.values())
-    out = dict(weights=weights, gradients=most[0]-most[1], optimizer=2*params(net), average=weights, activations=most[1])
+    used = [*net.state_dict().values(), *model.artist.state_dict().values()] # a finished codec stays in memory, too
+    out = dict(weights=tensor_bytes(used), gradients=most[0]-most[1], optimizer=2*params(net), average=tensor_bytes(state.values()),
+               activations=most[1])
     return out|dict(total=sum(out.values()))
 
 # %% ../../nbs/13_capstone/01_report_card.ipynb #4e05f8d4

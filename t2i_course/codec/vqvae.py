@@ -267,6 +267,7 @@ class Repainted(NamedTuple):
     said: Tensor    # (b c + c c) the same, repeated
     loss: Tensor    # (b) what quantising costs
 
+# %% ../../nbs/03_codec/02_vqvae.ipynb #f15f0262
 class Palette(nn.Module):
     "A VQ-VAE for pictures in their own colours; the first row of its grid holds codes of the colours"
     limit = math.inf # codes are no numbers that a sampler may clamp
@@ -280,38 +281,26 @@ class Palette(nn.Module):
         **options,       # of `VectorQuantizer`
     ):
         super().__init__()
-        n = channels+channels**2
-        self.n_codes,self.columns = n_codes,columns
+        n,self.n_codes,self.columns = channels+channels**2,n_codes,columns
         self.shapes = VQVAE(channels, widths, n_codes, dim, depth, **options)
         self.colours = VectorQuantizer(n_codes, dim, **options)
         self.squeeze = nn.Sequential(nn.Linear(n, 64), nn.SiLU(), nn.Linear(64, columns*dim))
         self.spread = nn.Sequential(nn.Linear(columns*dim, 64), nn.SiLU(), nn.Linear(64, n))
     @property
-    def encoder(self): return self.shapes.encoder
-    @property
     def decoder(self): return self.shapes.decoder
     def grid(self, shape)->tuple: # rows and columns of codes
         h,w = self.shapes.grid(shape)
         return h+1,w
-    def paint(self,
-        m:Tensor,       # (b c h w) a picture in its own colours
-        colours:Tensor, # (b dim 1 columns) codes of the colours
-    )->tuple:           # (b c h w) picture, (b c + c c) its centre and axes
+    def paint(self, m, colours): # (b c h w), (b dim 1 columns) -> picture (b c h w), centre and axes (b c + c c)
         said,c = self.spread(colours.flatten(1)).float(),m.shape[1]
         axes = said[:,c:].unflatten(1, (c,c))
         return said[:,:c,None,None]+torch.einsum('bij,bjhw->bihw', axes, m.float()),said
-    def look(self,
-        x:Tensor,         # (b c h w) pictures
-        draws:Draws=None, # of a training step
-    )->tuple:             # m (b c h w), centre and axes (b c + c c), Quantized colours
+    def look(self, x, draws=None): # -> m (b c h w), centre and axes (b c + c c), Quantized colours
         centre,axes,m = own_colours(x)
         numbers = torch.cat([centre, axes.flatten(1)], 1)
         z = self.squeeze(numbers).view(len(x), self.columns, 1, -1).permute(0,3,2,1)
         return m,numbers,self.colours(z, draws)
-    def forward(self,
-        x:Tensor,         # (b c h w) pictures
-        draws:Draws=None, # of a training step
-    )->tuple:             # (b c h w) reconstruction, Repainted
+    def forward(self, x, draws=None): # pictures (b c h w), draws of a training step -> reconstruction, Repainted
         m,numbers,colours = self.look(x, draws)
         m_hat,shapes = self.shapes(m, draws)
         y,said = self.paint(m_hat, colours.z_q)
@@ -324,7 +313,6 @@ class Palette(nn.Module):
         "Errors of the picture, of the picture in its own colours and of the colours; what quantising costs"
         error = (y-x).square().flatten(1).mean(1)+(q.m_hat-q.m).square().sum(1).mean((1,2))
         return error+(q.said-q.numbers).square().mean(1)+q.loss
-    def loss(self, x, draws=None): return self.cost(x, *self(x, draws)) # (b c h w) -> (b)
     @torch.no_grad()
     def encode(self, x:Tensor)->Tensor: # (b c h w) -> (b rows+1 columns) int64
         m,_,colours = self.look(x)

@@ -23,6 +23,8 @@ class Config:
     half_life: float  # of the average of the weights, in images
     batch: int  # images an optimizer step
     clip: float = 1.0  # largest norm of a gradient
+    betas: tuple = (0.9, 0.95)  # of AdamW
+    weight_decay: float = 0.01  # of AdamW
     # from here on: said by the command
     scale: str = "demo"  # smoke, demo or full
     images: int | None = None  # the clock

@@ -1,4 +1,4 @@
-"""What a recipe is made of, as types: data, codec, tokenizer, process, model, and the module that holds them together."""
+"""What a recipe is made of, as types: data, codec, tokenizer, process, model, and the module itself."""
 
 from typing import Protocol, runtime_checkable
 
@@ -47,11 +47,11 @@ class Codec(Protocol):
         ...
 
     def encode(self, x: Tensor) -> Tensor:
-        "Pictures (b c h w) to z: deterministic, what is kept on disk. Codes are int64 (b h w), or a tuple of such"
+        "Pictures (b c h w) to z: deterministic, kept on disk. Codes are int64 (b h w), or a tuple of such"
         ...
 
     def sample(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
-        "z to x0, what a model learns: a whitened draw from the posterior; without noise its mean. Codes stay codes"
+        "z to x0, what a model learns: a whitened draw of the posterior; no noise: its mean. Codes stay codes"
         ...
 
     def decode(self, x0: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ class Defaults:
 
 @runtime_checkable
 class Recipe(Protocol):
-    "A module that `t2i train` finds by its name. With `uses_for(config)` it says which finished runs it stands on"
+    "A module that `t2i train` finds by its name. `uses_for(config)` says which finished runs it stands on"
 
     Config: type
 

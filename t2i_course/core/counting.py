@@ -1,4 +1,4 @@
-"""What a network costs: parameters, multiply-adds, memory of a training step, and the peak of the machine that it runs on."""
+"""What a network costs: parameters, multiply-adds, memory of a step, and the peak of its machine."""
 
 import os
 import time
@@ -25,7 +25,7 @@ def parameters(
 def multiply_adds(
     run,  # called with nothing
 ) -> int:
-    "Of all matrix products and convolutions while it runs; attention in its plain form, which is what torch counts everywhere"
+    "Of all matrix products and convolutions; attention in its plain form, which torch counts everywhere"
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as f:
         run()
     return f.get_total_flops() // 2
@@ -63,7 +63,7 @@ class Kept(NamedTuple):
 def kept(
     net: nn.Module,  # its weights are counted elsewhere
     run,  # called with nothing; gives losses
-    blocks: dict = None,  # name -> module: what checkpointing would compute again; none: the whole network is kept
+    blocks: dict = None,  # name -> module: what checkpointing would compute again; none: all is kept
 ) -> Kept:
     "Every tensor that autograd saves passes through our hands; two views of one memory count once"
     own = {t.untyped_storage()._cdata for t in (*net.parameters(), *net.buffers())}

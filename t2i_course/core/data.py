@@ -401,9 +401,7 @@ class PaintedTwo:
         check_split(self, split)
         return self._shown(split, draws, {side:_pick(split, draws, side) for side in ('left','right')})
 
-    def seen_matched(self,
-        draws:Draws, # the random numbers of these images
-    )->Batch:        # x (b 3 32 32)
+    def seen_matched(self, draws:Draws)->Batch:
         "As `Painted.seen_matched`, the left and the right inks each among themselves"
         picked = {side:_pick('heldout', draws, side) for side in ('left','right')}
         dealt = {side:(g,digit,deal_inks(digit, ink, draws, side)) for side,(g,digit,ink) in picked.items()}

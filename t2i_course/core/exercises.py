@@ -24,8 +24,8 @@ def verdict(
     check,  # check(answer) raises AssertionError when the answer is wrong
     answer,  # what the reader wrote
 ):
-    """(kind, why) of an answer: right; your turn (nothing written yet); rejected, by an assertion of the checker; misfit, when
-    the checker cannot use what came back; crash, when the answer's own code raises"""
+    """(kind, why) of an answer: right; your turn (nothing written); rejected, by an assertion of the checker;
+    misfit, when the checker cannot use what came back; crash, when the answer's own code raises"""
     try:
         check(answer)
     except NotImplementedError:
@@ -43,7 +43,8 @@ def verdict(
 
 SAID = {
     "right": "right",
-    "your turn": "your turn: write your answer above in place of `raise NotImplementedError`, run that cell, then this one",
+    "your turn": "your turn: write your answer above in place of `raise NotImplementedError`, "
+    "run that cell, then this one",
     "rejected": "not yet: {}",
     "misfit": "not yet: what you return cannot be used here ({}). Is a `return` missing?",
     "crash": "not yet: your code raised {}",
@@ -66,7 +67,7 @@ def accepts_only(
     right,  # a correct answer
     *wrong,  # answers that a common mistake would give
 ):
-    "The checker itself is checked: it passes the solution, and rejects each wrong answer by an assertion of its own"
+    "The checker itself is checked: it passes the solution, and an assertion of its own rejects wrong answers"
     check(right)
     for n, answer in enumerate(wrong, 1):
         kind, why = verdict(check, answer)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 import numpy as np
 import torch
+from .counting import parameters
 from .files import CourseError
 from .training import has_bf16, pick_device
 from .ema import train_arm
@@ -168,7 +169,7 @@ def fit(
     if change: change(model)
     start,cpu = time.perf_counter(),time.process_time()
     last = train_arm(model, tok, data, config, images, seed, precision, loss and loss(model), seconds)
-    about = dict(params=sum(p.numel() for p in model.net.parameters()), images=images, loss=last,
+    about = dict(params=parameters(model.net), images=images, loss=last,
                  train_seconds=time.perf_counter()-start, cpu_seconds=time.process_time()-cpu)
     return Arm(config, tok, model, about)
 

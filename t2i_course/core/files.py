@@ -163,6 +163,17 @@ def digest(
     return h.hexdigest()
 
 
+def fingerprint(
+    module,  # with weights
+) -> str:  # 12 hexadecimal digits
+    "Which network it is: a hash of its weights and their names"
+    h = hashlib.sha256()
+    for k, v in sorted(module.state_dict().items()):
+        if v.is_floating_point():
+            h.update(k.encode() + v.cpu().numpy().tobytes())
+    return h.hexdigest()[:12]
+
+
 def save_tensors(
     path,  # a .safetensors file
     tensors: dict,  # name -> tensor

@@ -39,8 +39,7 @@ def eight_bit(im, white=None):
 
 
 def picture(file, size):  # (3 size size) uint8
-    "Turned as its camera says, on white where transparent, cropped to its central square and resized;"
-    "the first of several"
+    "Turned as its camera says, on white where transparent, its central square, resized; the first of several"
     from PIL import Image, ImageOps
 
     with open(file, "rb") as f, Image.open(f) as im:
@@ -146,8 +145,7 @@ class Folder:
         self.take(kept)
 
     def take(self, kept):
-        "Divide (name, picture, captions) into splits, for good: by the folders train and test, else by"
-        "a hash of the name"
+        "Divide (name, picture, captions) for good: by folders train and test, else by a hash of names"
         names = [composed(name) for name, *_ in kept]
         ranks = [int(hashlib.sha256(raw(name)).hexdigest()[:15], 16) for name in names]
         tops = [name.lower().split("/")[0] for name in names]

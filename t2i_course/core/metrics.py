@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'FIRST_USE', 'SEED', 'K', 'N_SPLITS', 'LEAST', 'DRAWINGS', 'Judge', 'augment', 'judge_split', 'train_judge',
-           'class_accuracy', 'fingerprint', 'save_judge', 'read_card', 'read_judge', 'weights_path', 'load_judge',
-           'judge_for', 'passes', 'obeys', 'obedience', 'shuffled', 'distinct', 'at_most', 'ceilings', 'moments',
-           'frechet', 'kid', 'even_order', 'cut_at', 'real_floor', 'precision_recall', 'glyph_space', 'pixel_space',
-           'nearest', 'nearest_rate', 'broken_strokes', 'RandomFeatures', 'real_distances', 'copy_space', 'n_seen',
-           'n_unseen', 'n_real', 'protocol', 'real_side', 'judged_side', 'reference', 'held_out', 'paired_gap',
-           'held_out_row', 'judged_row', 'plain_row', 'evaluate', 'make_judges']
+           'class_accuracy', 'save_judge', 'read_card', 'read_judge', 'weights_path', 'load_judge', 'judge_for',
+           'passes', 'obeys', 'obedience', 'shuffled', 'distinct', 'at_most', 'ceilings', 'moments', 'frechet', 'kid',
+           'even_order', 'cut_at', 'real_floor', 'precision_recall', 'glyph_space', 'pixel_space', 'nearest',
+           'nearest_rate', 'broken_strokes', 'RandomFeatures', 'real_distances', 'copy_space', 'n_seen', 'n_unseen',
+           'n_real', 'protocol', 'real_side', 'judged_side', 'reference', 'held_out', 'paired_gap', 'held_out_row',
+           'judged_row', 'plain_row', 'evaluate', 'make_judges']
 
 # %% ../../nbs/01_core/05_metrics.ipynb #3782d0f3
 import hashlib, json, math, platform, time
@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes, save as to_bytes
 from torch import nn, Tensor
+from .counting import parameters
 from .data import Draws, dial
-from .files import CourseError, not_written, write_json, write_whole
+from .files import CourseError, fingerprint, not_written, write_json, write_whole
 from .sources import load
 from .conditioning import raw_cond
 from .training import State, has_bf16, train
@@ -145,15 +146,6 @@ def class_accuracy(
 
 # %% ../../nbs/01_core/05_metrics.ipynb #105dfbdc
 # ---- weights on disk ----
-def fingerprint(
-    judge:Judge, # any judge
-)->str:          # 12 hexadecimal digits
-    "Which feature network a number was measured with"
-    h = hashlib.sha256()
-    for k,v in sorted(judge.state_dict().items()):
-        if v.is_floating_point(): h.update(k.encode()+v.cpu().numpy().tobytes())
-    return h.hexdigest()[:12]
-
 def save_judge(
     judge:Judge, # a trained judge
     path,        # .safetensors; a .json with the same name says what it is
@@ -779,7 +771,7 @@ def make_judges(
         judge = train_judge(data, steps, width=width, progress=progress)
         made = dict(
             data=name, source=data.source, learned_from=judge_split(data), steps=steps, batch=128, seeds=[0],
-            seconds=round(time.perf_counter()-start), parameters=sum(p.numel() for p in judge.parameters()))
+            seconds=round(time.perf_counter()-start), parameters=parameters(judge))
         cards[name] = save_judge(judge, where/f'{name}.safetensors', **made, **ceilings(judge, data),
             chapter='metrics', command='t2i run metrics', scale=scale, date=str(date.today()),
             hardware=f'{torch.get_num_threads()} CPU threads, {platform.machine()}',

@@ -101,8 +101,7 @@ class Pile:
                     self.leave("that could not be read", f"{shown(name)} (a link that leads nowhere)")
 
     def here(self, name):
-        "A name letter for letter, else with its accents written otherwise, else in another case; None"
-        "when none is meant"
+        "A name letter for letter, else with other accents, else in another case; None: none is meant"
         if name in self.known:
             return name
         near = self.near.get(composed(name).casefold(), ())
@@ -119,8 +118,7 @@ class Pile:
         return next(filter(None, map(self.here, names)), None)
 
     def find(self, said, folder):
-        "The file that a list in `folder` means; the list may come from Windows, or name a place that is"
-        "no more"
+        "The file that a list in `folder` means; it may come from Windows, or name a place that is no more"
         for name in dict.fromkeys((said, said.replace("\\", "/"))):
             if re.match(r"/|\w:/", name):
                 if os.path.isfile(self.at(name)):
@@ -187,8 +185,7 @@ class Pile:
         return []
 
     def captioned(self):
-        "(picture, its captions); what has none is noted, unless no caption is there at all and the"
-        "folders are classes"
+        "(picture, its captions); what has none is noted, unless there are no captions at all but classes"
         said, bare, both = self.listed(), [], []
         pictures = sorted({*filter(is_picture, self.names), *said}, key=in_order)
         for p in pictures:

@@ -1,4 +1,4 @@
-"""Write captioned pictures, or what a codec and a text encoder make of them, to shards: once, whoever reads them and how often."""
+"""Write captioned pictures, or what a codec and a text encoder make of them, to shards, once for all."""
 
 import hashlib
 import json
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from t2i_course.core.conditioning import Cond
 from t2i_course.core.data import Draws, check_split
-from t2i_course.core.files import CourseError, write_json, write_whole
-from t2i_course.core.metrics import fingerprint
+from t2i_course.core.files import CourseError, write_json, write_whole, fingerprint
 from t2i_course.core.tars import packed, sound
 
 STORES = ("float32", "float16", "uint8")

@@ -1,4 +1,4 @@
-"""Recipes and sweeps, found by where they stand: there is no list that a new chapter would have to be added to."""
+"""Recipes and sweeps, found by where they stand: there is no list to add a new chapter to."""
 
 import re
 from functools import cache

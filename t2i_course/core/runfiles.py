@@ -1,4 +1,4 @@
-"""What stands in a run folder: its config, the hash of its model, the places of other folders as seen from it."""
+"""What stands in a run folder: its config, the hash of its model, the ways to other folders."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ def read_json(
 def read_config(
     run,  # a run folder
 ) -> Config:  # its config.json, in the class of its recipe
-    "The settings of a run, its data with their whole path; unknown and missing fields are refused with a sentence"
+    "The settings of a run, its data with their whole path; unknown and missing fields are refused"
     values = read_json(run)
     if is_path(values.get("data", "")):
         values["data"] = str(place_of(run, values["data"]))

@@ -1,4 +1,4 @@
-"""Shards in the place of a data set: any sample by its number, in an order that depends on (seed, epoch) alone."""
+"""Shards in the place of a data set: any sample by its number, in an order made of (seed, epoch) alone."""
 
 import hashlib
 import json
@@ -13,8 +13,7 @@ from torch import Tensor
 
 from t2i_course.core.conditioning import Cond
 from t2i_course.core.data import Batch, Draws, Wrapped, check_split
-from t2i_course.core.files import CourseError
-from t2i_course.core.metrics import fingerprint
+from t2i_course.core.files import CourseError, fingerprint
 from t2i_course.core.prepare import as_cond, device_of, read_json, restored
 from t2i_course.core.tars import Tars
 
@@ -75,7 +74,7 @@ def numbers(
 
 
 def opened(folder: Path, codec) -> tuple:
-    "What the folder says of itself and of its shards; a folder that is not done, or another codec, is refused"
+    "What the folder says of itself and its shards; one that is not done, or another codec, is refused"
     if not (folder / "index.json").exists():
         done = len(list(folder.glob("shard-*.json")))
         raise CourseError(
@@ -90,7 +89,8 @@ def opened(folder: Path, codec) -> tuple:
     made_by = index["about"]["codec"]
     if made_by and (codec is None or fingerprint(codec.encoder) != made_by):
         raise CourseError(
-            f"the latents in {folder} were made by {'another' if codec else 'a'} codec: open them with the codec that "
+            f"the latents in {folder} were made by {'another' if codec else 'a'} codec: open them with "
+            f"the codec that "
             f"made them (its encoder's fingerprint is {made_by}), or prepare them again with yours"
         )
     return index["about"], index["shardlist"]
@@ -153,7 +153,7 @@ class Shards:
 
     def batch(
         self,
-        split: str,  # the one that was prepared; of pictures also the others, which come from the data set itself
+        split: str,  # the one that was prepared; of pictures also the others, from the data set itself
         draws: Draws,  # seed and global indices
     ) -> Batch:  # x (b c h w): pictures, or fresh whitened draws from the posterior
         "The data protocol of the course"
@@ -168,10 +168,11 @@ class Shards:
         return Batch(self.pictures(parts, draws), captions, attrs, named, more)
 
     def told(self):  # data(draws) -> x0, cond
-        "For `train` in place of feed(data, tok): pictures, and what the text encoder once said to their captions"
+        "For `train` in place of feed(data, tok): pictures, and what the encoder once said to their captions"
         if not self.about["text"]:
             raise CourseError(
-                f"{self.folder} holds no text embeddings: prepare it with text=, or train on feed(shards, tok)"
+                f"{self.folder} holds no text embeddings: prepare it with text=, or train on feed(shards, "
+                f"tok)"
             )
         fields = self.null().__dataclass_fields__
 
@@ -196,7 +197,8 @@ class Shards:
             return self._origin
         if self.load is None:
             raise CourseError(
-                f"{self.folder} was opened for its own pictures alone; with load({str(self.folder)!r}) the others come too"
+                f"{self.folder} was opened for its own pictures alone; with load({str(self.folder)!r}) "
+                f"the others come too"
             )
         try:
             self._origin = self.load(place, self.about["shape"][-1] if place != self.name else None)

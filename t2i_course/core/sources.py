@@ -7,6 +7,7 @@ from t2i_course.core.data import Digits, Painted, PaintedTwo
 from t2i_course.core.downloads import Vision
 from t2i_course.core.files import CourseError, say_once
 from t2i_course.core.folders import Folder
+from t2i_course.core.shards import Shards, is_shards
 
 
 DATA = ("digits", "painted", "painted2", "mnist", "fashion", "cifar10")
@@ -67,8 +68,6 @@ def no_codec(name, codec):
 
 def on_disk(path, size=None, codec=None):
     "What a folder holds: captioned images, or shards made by t2i prepare"
-    from t2i_course.core.shards import Shards, is_shards  # with the judge's module: only when asked for
-
     folder = Path(path).expanduser()
     if not is_shards(folder):
         no_codec(path, codec)

@@ -1,4 +1,4 @@
-"""Samples in tar files, in webdataset's layout: NAME.safetensors, NAME.txt and NAME.json are one. Read by number."""
+"""Samples in tar files, as webdataset has them: NAME.safetensors, NAME.txt and NAME.json are one."""
 
 import hashlib
 import io
@@ -107,7 +107,8 @@ class Tars:
             why = str(e)
         if why:
             raise CourseError(
-                f"{path} is damaged ({why}). Run the same t2i prepare command again: it makes this shard anew and "
+                f"{path} is damaged ({why}). Run the same t2i prepare command again: it makes this shard "
+                f"anew and "
                 "leaves the others alone."
             )
         self.seen.add(k)

@@ -54,8 +54,7 @@ def kept_arms(
     head: dict,  # what it says now of its making
     keys,  # of the arms
 ) -> dict:  # key -> value
-    "What was finished by the same code, with the same scale and seeds, on the same machine: one file"
-    "never mixes two"
+    "What the same code finished, with equal scale and seeds, on this machine: one file never mixes two"
     if not Path(path).exists():
         return {}
     try:

@@ -1,6 +1,8 @@
 """A chapter's measurements: its rows, the arms of its sweep, the row of the demo."""
 
 import json
+import os
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +15,23 @@ from t2i_course.run.card import paradigm_arms, pictures_of
 from t2i_course.run.demo import demo
 from t2i_course.run.rows import measured_rows
 from t2i_course.run.stamp import result_file, stamp
+
+
+@contextmanager
+def at_scale(
+    scale=None,  # smoke, demo or full; None: as T2I_SCALE says
+):
+    "Inside, the dial stands there"
+    old = os.environ.get("T2I_SCALE")
+    if scale:
+        os.environ["T2I_SCALE"] = scale
+    try:
+        yield
+    finally:
+        if scale:
+            os.environ.pop("T2I_SCALE")
+        if scale and old is not None:
+            os.environ["T2I_SCALE"] = old
 
 
 def run_chapter(

@@ -32,9 +32,7 @@ def open_data(
     codec=None,  # the run of the codec that made the latents in a folder
 ):
     "Any data of the course; shards read like pictures"
-    if codec is None or not are_latents(data):
-        return load(data, size)
-    return load(data, size, codec_of(codec))
+    return load(data, size, codec_of(codec) if codec and are_latents(data) else None)
 
 
 def codec_of(
@@ -66,7 +64,7 @@ def run_data(
             f"its new place with: t2i train --resume --out {out} --data FOLDER"
         )
     codec = uses["codec"].model.codec if "codec" in uses and are_latents(data) else None
-    ds = load(data, config.size) if codec is None else load(data, config.size, codec)
+    ds = load(data, config.size, codec)
     return ds, config.fingerprint in (None, ds.fingerprint)
 
 

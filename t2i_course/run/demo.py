@@ -56,7 +56,7 @@ def claim_demo_folder(
 
 
 def made_by_demo(out: Path) -> bool:
-    "By its mark; earlier versions wrote it into the config, or left none in the folder that is the demo's by name"
+    "By its mark; earlier versions wrote it into the config, or left none in the demo's usual folder"
     if (out / MARK).exists():
         return True
     try:
@@ -80,8 +80,7 @@ def demo(
     out="runs/demo",  # run folder; an earlier demo that it holds is replaced
     images=None,  # pictures to train on; default 40,000
 ) -> dict:  # the measured row
-    "Train on painted digits, draw typed prompts, measure: a minute on a fast machine, at most four on a"
-    "slow one"
+    "Train on painted digits, draw prompts, measure: a minute on a fast machine, at most four on a slow one"
     with claim_demo_folder(Path(out)):
         return make_demo(seconds, Path(out), images)
 
@@ -148,5 +147,5 @@ def judged(
     each: float,  # seconds that a drawing takes here
     most: int,  # drawings on a fast machine
 ) -> int:
-    "How many captions: as many again are drawn of held-out pairs and their partners, a fifth as many of training captions"
+    "How many captions: as many again are drawn of held-out pairs and their partners, a fifth of seen ones"
     return max(min(most, 200), min(most, int(PATIENCE / (2.2 * each)) // 100 * 100))

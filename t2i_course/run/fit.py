@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from t2i_course.core.counting import parameters
 from t2i_course.core.ema import state_for
 from t2i_course.core.files import CourseError, load_tensors, save_tensors, say, write_json
 from t2i_course.core.guards import undisturbed
@@ -174,7 +175,7 @@ def write_model(out: Path, state, model, config, ranks=ALONE):
         return
     artist = getattr(model, "artist", model.net)  # a GAN draws with half of what it trains
     numbers = dict(images=state.images, seconds=state.seconds, steps=state.step)
-    numbers |= dict(params=sum(p.numel() for p in artist.parameters()))
+    numbers |= dict(params=parameters(artist))
     numbers |= dict(params_trained=sum(p.numel() for p in state.learning), date=str(date.today()))
     write_json(out / "train.json", numbers)
     tensors |= {f"extra.{k}": v for k, v in model.extra.items()}

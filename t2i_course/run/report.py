@@ -30,7 +30,8 @@ def report_line(name: str, r: dict, date: str) -> str:
     floors = r["fd_floors"] if "fd_floors" in r else r["fd"] / r["fd_floor"] if "fd" in r else None
     far, method = f"{floors:.1f}" if floors is not None else "-", r.get("recipe") or r["method"]
     return (
-        f"{name:16} {method[:26]:26} {r['data'][:8]:8} {r['train_seconds']:8.0f} {obeys:>6} {held:>8} {matched:>8} "
+        f"{name:16} {method[:26]:26} {r['data'][:8]:8} {r['train_seconds']:8.0f} {obeys:>6} {held:>8} "
+        f"{matched:>8} "
         f"{far:>8} {r['recall']:6.2f}  {r.get('date', date)}"
     )
 

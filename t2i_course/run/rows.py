@@ -92,7 +92,8 @@ def measured_rows(recipe, data, seeds, seconds, work: Path) -> dict:
         cleared(out, settings(recipe, data, current_scale(), seconds, None, s, "auto"))
         row = kept_row(out, n)
         if row is None:
-            train_run(recipe, data, seconds=seconds, seed=s, out=out, resume=(out / "config.json").exists())
+            begun = [p for p in (out, *work.glob(f"{out.name}-*")) if (p / "config.json").exists()]
+            train_run(recipe, data, seconds=seconds, seed=s, out=out, resume=bool(begun))
             row = eval_run(out, n=n)
         rows.append(row)
     main = dict(

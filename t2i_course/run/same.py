@@ -1,4 +1,4 @@
-"""What is given at --resume has to be what the run was started with; only the places of folders may change."""
+"""What is given at --resume has to be what the run was started with; only folders may have moved."""
 
 import json
 from pathlib import Path

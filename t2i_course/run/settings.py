@@ -153,6 +153,8 @@ def run_folder(
     taken = CourseError(f"{out} already holds a run: go on with it by --resume, or choose another --out")
     config, ds = None, None
     if not holds_run(out):
+        if resume:
+            say(f"{out} holds no run yet: starting from the beginning")
         config, ds = draft(out, given)
         make_folder(out)
     elif not resume:

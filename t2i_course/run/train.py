@@ -98,7 +98,8 @@ def sharers(
     if shard is None:
         if n > 1:
             raise CourseError(
-                f"torchrun has started {n} processes: say how they share the work, --shard ddp or --shard fsdp"
+                f"torchrun has started {n} processes: say how they share the work, --shard ddp or --shard "
+                f"fsdp"
             )
         if not any(Path(out).glob("checkpoint-*")):
             return ALONE
@@ -107,7 +108,8 @@ def sharers(
         return One()  # several processes have begun the run
     if "RANK" not in os.environ:
         raise CourseError(
-            f"--shard {shard} needs processes: torchrun --nproc-per-node 2 -m t2i_course train ... --shard {shard}"
+            f"--shard {shard} needs processes: torchrun --nproc-per-node 2 -m t2i_course train ... "
+            f"--shard {shard}"
         )
     from t2i_course.scale.fsdp import Ranks
 

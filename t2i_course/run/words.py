@@ -1,4 +1,4 @@
-"""How a command line is read beyond what typer knows: several words behind an option, options that models declare."""
+"""How a command line is read beyond what typer knows: several words an option, options of models."""
 
 import errno
 import os

@@ -21,7 +21,7 @@ from ..core.files import CourseError, write_json
 from ..core.sources import load
 from ..core.ema import state_for
 from ..core.training import ALONE, Alone, feed, train
-from ..diffusion.ddpm import build, recipe
+from ..diffusion.ddpm import build, recipe_for
 
 # %% ../../nbs/12_scale/02_fsdp.ipynb #9ac61493
 # ---- which share of the work is mine ----
@@ -200,6 +200,7 @@ def save_sharded(
         for old in checkpoints(run)[:-keep]: shutil.rmtree(old, ignore_errors=True)
     return folder
 
+# %% ../../nbs/12_scale/02_fsdp.ipynb #aba42430
 def load_sharded(
     state,           # a fresh State of the same network, sharded in any way or not at all
     run,             # run folder
@@ -248,7 +249,7 @@ def trial(
 ):
     "A few steps of DDPM on digits; with equal options the same run, whoever shares it"
     data = load('digits')
-    config = recipe(data.shape[0], data.words, scale='smoke')
+    config = recipe_for(data, 'smoke')
     torch.manual_seed(0)
     tok,den = build(config)
     if double: den.net.double()
@@ -274,6 +275,7 @@ def trial(
     weights,average = ({k:whole(v) for k,v in d.items()} for d in (state.net.state_dict(), state.ema.shadow))
     if ranks.rank==0: torch.save(dict(log=log, weights=weights, average=average), Path(out)/'end.pt')
 
+# %% ../../nbs/12_scale/02_fsdp.ipynb #34d2602f
 def trials():
     "What each process of `launch` does: the trials named on its command line, one after the other"
     torch.set_num_threads(1)
@@ -281,6 +283,7 @@ def trials():
     for options in json.loads(sys.argv[1]): trial(**options, ranks=ranks)
     ranks.close()
 
+# %% ../../nbs/12_scale/02_fsdp.ipynb #34d26030
 def launch(
     size:int,     # processes; 1: one, without torchrun
     *todo,        # dicts of options of `trial`
@@ -304,6 +307,7 @@ def launch(
             held=[json.loads((out/f'held-{r}.json').read_text(encoding='utf-8')) for r in range(size)])
     return [read(Path(o['out'])) for o in todo]
 
+# %% ../../nbs/12_scale/02_fsdp.ipynb #34d26031
 def apart(
     a:dict, # as from `launch`
     b:dict,

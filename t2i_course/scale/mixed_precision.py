@@ -18,8 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ..core.data import Draws, glyph_split, glyphs
 from ..core.training import State, feed, has_bf16, train
 from ..diffusion.ddpm import SIZES
-from ..diffusion.preconditioning import fit_skip
-from ..flow.flow_matching import QUICK, build, recipe_for
+from ..flow.flow_matching import QUICK, Config, build, recipe_for
 
 # %% ../../nbs/12_scale/01_mixed_precision.ipynb #2cb6591c
 class Format(NamedTuple):
@@ -109,13 +108,13 @@ def precision_table()->dict: # name -> bits, eps, largest, normal, subnormal, ma
 def recipe_here(
     data,             # captioned pictures
     scale:str='demo', # smoke, demo or full
-)->dict:              # JSON values
+)->Config:
     "Flow matching, with the small network for runs of seconds (except at full scale)"
     small = dict(smoke=SIZES['smoke'], demo=QUICK, full={})[scale]
     return recipe_for(data, scale)|small
 
 def fresh(
-    config:dict,   # as from `recipe_here`
+    config:Config, # as from `recipe_here`
     data,          # captioned pictures
     seed:int=0,    # of the weights
     skip=None,     # a fitted closed form, to share it between arms
@@ -124,7 +123,7 @@ def fresh(
     torch.manual_seed(seed)
     tok,den = build(config)
     if skip is not None: den.skip = skip
-    elif config['skip']: fit_skip(den, data, tok, config['fit_images'])
+    else: den.prepare(data, tok, config)
     return tok,den
 
 # %% ../../nbs/12_scale/01_mixed_precision.ipynb #6a4f4d5a

@@ -48,14 +48,14 @@ def n_params(
 # %% ../../nbs/12_scale/04_recipes.ipynb #650484f3
 # ---- the recipes ----
 def of_recipe(
-    config:dict, # as from recipe_for, with the shape of a picture
+    config,      # as from recipe_for
     build,       # build(config) -> tokenizer, model with net(x_t, t, cond)
 )->tuple:        # make, call for `count` and `macs`
     "A diffusion or flow recipe of this course as something that can be counted"
     def make(): return build(config)[1].net
     def call(net, b):
-        x,ids = torch.empty(b, net.in_channels, *config['shape'][1:]),torch.zeros(b, config['max_len'], dtype=torch.int64)
-        out = net(x, torch.empty(b), raw_cond(ids, torch.ones(b, config['max_len'], dtype=torch.bool)))
+        x,ids = torch.empty(b, net.in_channels, *config.shape[1:]),torch.zeros(b, config.max_len, dtype=torch.int64)
+        out = net(x, torch.empty(b), raw_cond(ids, ids==0))
         return (out.float()-torch.empty(out.shape)).square().flatten(1).mean(1)
     return make,call
 
@@ -239,14 +239,11 @@ def preset_row(
 )->dict:             # what the run takes, computed from the recipe itself
     "Parameters, multiply-adds, memory, hours and dollars of a run that has not been made"
     mod,data = import_module(f"t2i_course.{preset['module']}"),load(preset['data'])
-    config = (mod.recipe_for(data, 'full') if hasattr(mod, 'recipe_for')
-              else mod.recipe(data.shape[0], data.words, data.size, 'full'))
-    config |= dict(shape=list(data.shape))
+    config = mod.recipe_for(data, 'full')
     make,call = of_recipe(config, mod.build)
     c,m = count(make, call, ('bf16',)),macs(make, call)
     h = hours(preset['images'], m, PEAKS[gpu], mfu, preset['gpus'])
-    peak = memory(c, config['batch'], preset['gpus'], preset['shard'], 'bf16')['peak']
-    return dict(recipe=preset['recipe'], data=preset['data'], batch=config['batch'], lr=config['lr'],
+    peak = memory(c, config.batch, preset['gpus'], preset['shard'], 'bf16')['peak']
+    return dict(recipe=preset['recipe'], data=preset['data'], batch=config.batch, lr=config.lr,
                 images=preset['images'], hardware=f"{preset['gpus']} x {gpu}", params=n_params(c), macs=m,
-                memory=peak, hours=h,
-                dollars=cost(h, preset['gpus']))
+                memory=peak, hours=h, dollars=cost(h, preset['gpus']))

@@ -15,7 +15,7 @@ from t2i_course.ar.dalle import (
     sample_codes,
     split_nll,
 )
-from t2i_course.core.counting import in_turns
+from t2i_course.core.counting import in_turns, parameters
 from t2i_course.core.data import Draws
 from t2i_course.core.experiments import best_precision, fit, setting
 from t2i_course.core.metrics import evaluate, load_judge
@@ -137,7 +137,7 @@ def experiments(
         arm = fit(partial(ready, codec=codec, data=data), own, data, images, seed, best_precision())
         took = codec.about["train_seconds"] + arm.about["train_seconds"]
         arm.about |= dict(images=s["images"], train_seconds=took)
-        arm.about["params"] = sum(p.numel() for p in arm.model.artist.parameters())
+        arm.about["params"] = parameters(arm.model.artist)
         return codec, arm
 
     def nats(arm):

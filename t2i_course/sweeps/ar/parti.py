@@ -9,6 +9,7 @@ from t2i_course.ar.dalle import codec_for
 from t2i_course.ar.parti import ARMS, coded, held_out_nll, make_prior, recipe_for
 from t2i_course.codec.vqvae import OnCodes
 from t2i_course.core.conditioning import WordTokenizer
+from t2i_course.core.counting import parameters
 from t2i_course.core.ema import EMA
 from t2i_course.core.experiments import best_precision
 from t2i_course.core.metrics import evaluate, judge_for, reference
@@ -80,7 +81,7 @@ def experiments(
         start = time.perf_counter()
         records = fit_prior(prior, feed, config, s["images"], seed, precision)
         row = dict(
-            params=sum(p.numel() for p in prior.parameters()),
+            params=parameters(prior),
             bits=held_out_nll(prior, unseen, 4 * s["n"]),
             images=s["images"],
             train_seconds=time.perf_counter() - start,

@@ -17,6 +17,7 @@ from t2i_course.ar.pixelcnn import (
 from t2i_course.codec import vqvae2
 from t2i_course.codec.vqvae import OnCodes
 from t2i_course.codec.vqvae2 import Levels
+from t2i_course.core.counting import parameters
 from t2i_course.core.data import Draws
 from t2i_course.core.experiments import best_precision, fit, setting
 from t2i_course.core.metrics import at_most, evaluate, judge_for
@@ -117,7 +118,7 @@ def experiments(
 
     def row(name, seed):
         arm = trained(name, seed)
-        params = sum(p.numel() for p in arm.model.artist.parameters())
+        params = parameters(arm.model.artist)
         return arm.row(data, judge, s["n"], seed, recipe=f"pixelcnn.{name}", params=params)
 
     def way(t, w, seed):

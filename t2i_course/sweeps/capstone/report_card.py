@@ -10,7 +10,7 @@ from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
 from t2i_course.core.metrics import evaluate, load_judge
 from t2i_course.core.training import has_bf16, pick_device
-from t2i_course.diffusion.ddpm import build, drawer, recipe, times, x0
+from t2i_course.diffusion.ddpm import build, drawer, recipe_for, times, x0
 from t2i_course.gan.adversarial import Stacked, modes_of
 from t2i_course.sweeps.gan.adversarial import SETTINGS, SWEEP
 
@@ -27,11 +27,11 @@ def diffusion_arm(
     w: float = 1.0,  # guidance
 ) -> object:  # draw(captions, seed) -> (n c h w)
     "A DDPM that guesses the clean picture, trained on as many pictures as each GAN it is compared with"
-    config = recipe(data.shape[0], data.words, data.size, scale)
-    config |= dict(n_layers=0, lr=factor * config["lr"], betas=(beta, 0.95), half_life=images / 10)
+    config = recipe_for(data, scale)
+    config |= dict(n_layers=0, lr=factor * config.lr, half_life=images / 10)
     torch.manual_seed(seed)
     tok, den = build(config)
-    den.target = x0
+    den.target, den.parts = x0, {"": dict(betas=(beta, 0.95))}
     train_arm(den, tok, data, config, images, seed, precision)
     return drawer(den, tok, data.shape, times(config, 25), w)
 

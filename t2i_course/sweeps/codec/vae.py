@@ -15,6 +15,7 @@ from t2i_course.codec.vae import (
     recipe_for,
     reparameterise,
 )
+from t2i_course.core.counting import parameters
 from t2i_course.core.data import Draws
 from t2i_course.core.experiments import best_precision, setting
 from t2i_course.core.metrics import load_judge, obedience, train_judge
@@ -100,7 +101,7 @@ def experiments(
 
     def row(name, seed):
         arm = trained(name, seed)
-        params = sum(p.numel() for p in arm.model.codec.parameters())
+        params = parameters(arm.model.codec)
         return arm.row(data, judge, s["n"], seed, s["n"] // 2, recipe=f"vae.{name}", params=params)
 
     yield "setting", shared

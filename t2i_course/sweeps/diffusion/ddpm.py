@@ -6,7 +6,7 @@ import torch
 
 from t2i_course.core.data import Draws
 from t2i_course.core.sources import load
-from t2i_course.core.ema import train_arm
+from t2i_course.core.experiments import fit
 from t2i_course.core.metrics import evaluate
 from t2i_course.diffusion.ddpm import (
     Denoiser,
@@ -51,11 +51,15 @@ def experiments(
 
     @lru_cache(1)  # all keys of an arm ask for its model
     def trained(arm, seed):
-        torch.manual_seed(seed)
-        (tok, den), (target, by_bound) = build(config), ARMS[arm]
-        den.target = target
-        train_arm(den, tok, data, config, images, seed, loss=by_bound and weighted_by_bound(den))
-        return tok, den
+        target, by_bound = ARMS[arm]
+
+        def change(den):
+            den.target = target
+
+        made = fit(
+            build, config, data, images, seed, change=change, loss=weighted_by_bound if by_bound else None
+        )
+        return made.tok, made.model
 
     def objective(arm, seed):
         tok, den = trained(arm, seed)

@@ -1,14 +1,13 @@
 "The sweeps of the guidance chapter: both kinds of guidance, dropout, nulls, spans, saturation, remedies."
 
 import copy
-import time
 from functools import cache, lru_cache, partial
 
 from t2i_course.core.data import NUMBERS
 from t2i_course.core.sources import load
-from t2i_course.core.ema import train_arm
+from t2i_course.core.experiments import best_precision, fit
 from t2i_course.core.metrics import judge_for, obedience, reference
-from t2i_course.core.training import has_bf16, pick_device
+from t2i_course.core.training import pick_device
 from t2i_course.diffusion.ddpm import guided, recipe_for
 from t2i_course.diffusion.guidance import (
     FIXES,
@@ -69,19 +68,16 @@ def on_digits(
 
     @cache  # the base model is asked for again and again
     def arm(p_drop=0.1, null="text"):
-        tok, den = digits_model(config, seed, p_drop, null)
-        start = time.perf_counter()
-        train_arm(den, tok, data, config, s["images"], seed)
-        return tok, den, time.perf_counter() - start
+        build = partial(digits_model, p_drop=p_drop, null=null, seed=seed)
+        made = fit(build, config, data, s["images"], seed)
+        return made.tok, made.model, made.about
 
     def look(guide, den=None):
         tok, base, _ = arm()
         return measured(painter(den or base, tok, data.shape, guide, s["steps"]), data, s["n"], seed)
 
     def row():
-        params = sum(p.numel() for p in arm()[1].net.parameters())
-        made = dict(recipe="guidance", params=params, images=s["images"], train_seconds=arm()[2])
-        return look(partial(guided, w=2.0)) | made | dict(nfe=2 * s["steps"])
+        return look(partial(guided, w=2.0)) | arm()[2] | dict(recipe="guidance", nfe=2 * s["steps"])
 
     @lru_cache(1)
     def classifier(noisy):
@@ -141,21 +137,18 @@ def on_painted(
     data = load("painted")
     config, precision = (
         painted_config(data, scale) | dict(max_len=12),
-        "bf16" if has_bf16(pick_device()) else "fp32",
+        best_precision(),
     )
     captions, judge = on_gray(data), judge_for(data)
     captions = captions[:: max(1, len(captions) // s["gray"])][: s["gray"]]
 
     @cache
     def trained():
-        tok, den = painted_model(config, data, seed, tables())
-        start = time.perf_counter()
-        loss = train_arm(den, tok, data, config, s["painted"], seed, precision)
-        return tok, den, dict(loss=loss, images=s["painted"], train_seconds=time.perf_counter() - start)
+        build = partial(painted_model, data=data, seed=seed, tables=tables())
+        return fit(build, config, data, s["painted"], seed, precision)
 
     def draw(guide, clamp=1.0):
-        tok, den, _ = trained()
-        return painter(den, tok, data.shape, guide, s["steps"], clamp)
+        return painter(trained().model, trained().tok, data.shape, guide, s["steps"], clamp)
 
     @cache
     def look(w):
@@ -167,10 +160,8 @@ def on_painted(
         return [short(row) | dict(heldout=row.get("heldout", {}).get("all")) for row in rows]
 
     def row():
-        _, den, made = trained()
         row = look(2.0 if 2.0 in s["painted_scales"] else s["painted_scales"][0])
-        params = sum(p.numel() for p in den.net.parameters())
-        return row | made | dict(recipe="guidance", params=params, nfe=2 * s["steps"])
+        return row | trained().about | dict(recipe="guidance", nfe=2 * s["steps"])
 
     def fixes(name):
         (guide, clamp), found = FIXES[name], []
@@ -210,7 +201,7 @@ def experiments(
             seeds=list(seeds), times=TS, fd_floor=floor, spans={k: list(v) for k, v in SPANS.items()}
         )
         about |= dict(phi=0.7, ratio=0.995, fixed_scale=2.0)
-        low = "bf16" if has_bf16(pick_device()) else "fp32"
+        low = best_precision()
         return s | about | dict(precision=dict(digits="fp32", painted=low))
 
     yield "setting", setting

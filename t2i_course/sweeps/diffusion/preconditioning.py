@@ -5,11 +5,13 @@ from functools import cache, lru_cache, partial
 
 import torch
 
+from t2i_course.core.counting import parameters
 from t2i_course.core.data import Painted
 from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
+from t2i_course.core.experiments import best_precision, fit
 from t2i_course.core.metrics import evaluate, judge_for, reference
-from t2i_course.core.training import has_bf16, pick_device
+from t2i_course.core.training import pick_device
 from t2i_course.diffusion.ddpm import VP, drawer, eps, linear_betas, recipe_for, sample
 from t2i_course.diffusion.preconditioning import CaptionGaussian, ScalarSkip, fit_skip, make_arm, word_groups
 from t2i_course.diffusion.samplers import heun
@@ -96,8 +98,7 @@ def held_out_pairs(
         den.to(device)
         w = config.guidance if images else 1.0
         draw = drawer(den, tok, data.shape, torch.linspace(1, 0, steps + 1), w, hold=True, eta=0.0)
-        params = sum(p.numel() for p in den.net.parameters())
-        made |= dict(params=params, nfe=steps * (2 if images else 1))
+        made |= dict(params=parameters(den.net), nfe=steps * (2 if images else 1))
         return evaluate(draw, data, judge, s["n"], seed, s["n"]) | made
 
     for name in safer:
@@ -114,7 +115,7 @@ def experiments(
     s, data = SWEEP[scale], load("digits")
     config, judge = recipe_for(data, scale) | dict(max_len=12), judge_for(data)
     device = pick_device()
-    precision = "bf16" if has_bf16(device) else "fp32"
+    precision = best_precision()
     vp, edm, w, n = VP(linear_betas()), EDM(), config.guidance, s["n"]
     tok, _ = make_arm(config, vp)
     evaluations, n_ladder = 2 * s["steps"] - 1, 25 if scale != "smoke" else 3
@@ -159,12 +160,11 @@ def experiments(
         return row | dict(nfe=calls * (1 if w == 1 else 2), guidance=w)
 
     def trained(name, images, seed, *args, **more):
-        tok, den = make_arm(config, *args, **more, seed=seed)
-        start = time.perf_counter()
-        loss = train_arm(den, tok, data, config, images, seed, precision)
-        params = sum(p.numel() for p in den.net.parameters())
-        made = dict(recipe=name, params=params, images=images)
-        return den, made | dict(train_seconds=time.perf_counter() - start, loss=loss)
+        def build(config):
+            return make_arm(config, *args, **more, seed=seed)
+
+        made = fit(build, config, data, images, seed, precision)
+        return made.model, made.about | dict(recipe=name)
 
     def ddpm_row(name, seed):
         skip = ScalarSkip(vp, sigma()) if name == "scalar" else None

@@ -1,16 +1,14 @@
 "The sweeps of the samplers chapter: quality against calls, eta, spacing, inversion, learned variance."
 
 import math
-import time
 from functools import cache, lru_cache, partial
 
 import torch
 
 from t2i_course.core.data import Draws
 from t2i_course.core.sources import load
-from t2i_course.core.ema import train_arm
+from t2i_course.core.experiments import best_precision, fit
 from t2i_course.core.metrics import evaluate, judge_for, reference
-from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.diffusion.ddpm import build, drawer, guided, recipe_for, sample, v
 from t2i_course.diffusion.samplers import (
     SAMPLERS,
@@ -61,6 +59,16 @@ SWEEP = dict(
         look=1000,
     ),
 )
+
+
+def asked_for(den, target):
+    "Change what the network is asked for"
+    den.target = target
+
+
+def silenced(den):
+    "Take the bound out of the loss"
+    den.hybrid = 0.0
 
 
 def base_sweep(
@@ -142,7 +150,7 @@ def experiments(
     "Samplers against calls of the network, eta, spacing, inversion, learned variance"
     s, data = SWEEP[scale], load("digits")
     judge, config = judge_for(data), recipe_for(data, scale) | dict(max_len=12)
-    precision = "bf16" if has_bf16(pick_device()) else "fp32"
+    precision = best_precision()
     etas, fine = (s["nfe"][:1], 10) if scale == "smoke" else ((10, 50), 250)
 
     def row(seed, tok, den, sampler, ts, guide=None):
@@ -160,27 +168,21 @@ def experiments(
 
     @lru_cache(1)  # all that is measured on a model follows it
     def trained(seed):
-        torch.manual_seed(seed)
-        tok, den = build(config)
-        den.target = v
-        begin = time.perf_counter()
-        train_arm(den, tok, data, config, s["images"], seed, precision)
-        return tok, den, time.perf_counter() - begin
+        return fit(build, config, data, s["images"], seed, precision, change=partial(asked_for, target=v))
+
+    def base(seed):
+        return trained(seed).tok, trained(seed).model
 
     def full_row(seed):
-        tok, den, took = trained(seed)
-        made = dict(recipe="ddpm, target v, dpmpp_2m", params=sum(p.numel() for p in den.net.parameters()))
-        made |= dict(images=s["images"], train_seconds=took, nfe=20)
-        return row(seed, tok, den, dpmpp_2m, uniform(den.process, 20)) | made
+        made = trained(seed)
+        drawn = row(seed, made.tok, made.model, dpmpp_2m, uniform(made.model.process, 20))
+        return drawn | made.about | dict(recipe="ddpm, target v, dpmpp_2m", nfe=20)
 
     @lru_cache(1)
     def learned(arm, seed):
-        torch.manual_seed(seed)
-        tok, den = build_learned(config)
-        if arm == "simple":
-            den.hybrid = 0.0
-        train_arm(den, tok, data, config, s["images"], seed, precision)
-        return tok, den
+        change = silenced if arm == "simple" else None
+        made = fit(build_learned, config, data, s["images"], seed, precision, change=change)
+        return made.tok, made.model
 
     @lru_cache(1)
     def all_bits(arm, seed, shares):
@@ -199,9 +201,7 @@ def experiments(
     yield "setting", setting
     for seed in seeds:
         yield f"rows.seed{seed}", partial(full_row, seed)
-        for key, make in base_sweep(
-            lambda seed=seed: trained(seed)[:2], partial(short, seed), data, s, etas, fine, seed
-        ):
+        for key, make in base_sweep(partial(base, seed), partial(short, seed), data, s, etas, fine, seed):
             yield f"{key}.seed{seed}", make
         for arm in ("hybrid", "simple"):
             shares = dict(posterior=0.0, beta=1.0) | (dict(learned=None) if arm == "hybrid" else {})

@@ -1,6 +1,5 @@
 "The sweeps of the schedules chapter: each schedule, without its first steps, and drawn on another's steps."
 
-import time
 from functools import lru_cache, partial
 
 import torch
@@ -8,9 +7,8 @@ from torch import Tensor
 
 from t2i_course.core.data import Painted
 from t2i_course.core.sources import load
-from t2i_course.core.ema import train_arm
+from t2i_course.core.experiments import best_precision, fit
 from t2i_course.core.metrics import evaluate, load_judge, reference
-from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.diffusion.ddpm import drawer, recipe_for
 from t2i_course.diffusion.schedules import make_arm, schedules, walk
 
@@ -63,7 +61,7 @@ def experiments(
 ):  # yields ('key.path', make), and make() gives the value
     "The same network on each schedule; linear and cosine without first steps, and on each other's"
     s, processes = SWEEP[scale], schedules()
-    precision = "bf16" if has_bf16(pick_device()) else "fp32"
+    precision = best_precision()
     worlds = dict(
         digits=(load("digits"), load_judge("digits")),
         painted=(RedOnBlack(), load_judge("painted")),
@@ -89,12 +87,9 @@ def experiments(
     def trained(world, name, seed):
         data, judge = worlds[world]
         config = recipe_for(data, scale) | dict(max_len=12)
-        tok, den = make_arm(config, processes[name], seed)
-        began = time.perf_counter()
-        loss = train_arm(den, tok, data, config, s[world], seed, precision)
-        made = dict(params=sum(p.numel() for p in den.net.parameters()), images=s[world])
-        made |= dict(train_seconds=time.perf_counter() - began, loss=loss)
-        return den.process, partial(measured, den, tok, data, judge, n=s["n"], seed=seed), made
+        made = fit(partial(make_arm, process=processes[name]), config, data, s[world], seed, precision)
+        draw = partial(measured, made.model, made.tok, data, judge, n=s["n"], seed=seed)
+        return made.model.process, draw, made.about
 
     @lru_cache(1)
     def whole(*arm):  # all steps

@@ -1,13 +1,9 @@
-"The sweep of the terminal SNR chapter: how bright a drawing each schedule, target, spacing and offset allows."
+"How bright a drawing each schedule, target, spacing and offset allows: the terminal SNR sweep."
 
-import time
 from functools import lru_cache, partial
 
-import torch
-
-from t2i_course.core.ema import train_arm
+from t2i_course.core.experiments import Arm, best_precision, fit
 from t2i_course.core.metrics import evaluate, load_judge, reference
-from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.diffusion.ddpm import VP, drawer, sample, uniform_times
 from t2i_course.diffusion.schedules import EDM, edm_times, log_normal, scaled_linear_betas
 from t2i_course.diffusion.terminal_snr import (
@@ -30,7 +26,7 @@ SWEEP = dict(  # training pictures, drawings, steps of the sampler, and few of t
 )
 
 
-def fit(
+def trained_arm(
     config: dict,  # as from `settings`
     data,  # captioned pictures
     images: int,  # training pictures
@@ -40,12 +36,10 @@ def fit(
     plus: float = 1.0,  # see `snr_weight`
     offset: float = 0.0,  # strength of the offset noise
     precision: str = "fp32",  # or bf16
-) -> tuple:  # tokenizer, trained Denoiser
+) -> Arm:
     "Train one arm"
-    torch.manual_seed(seed)
-    tok, den = build(config, process, times)
-    train_arm(den, tok, data, config, images, seed, precision, make_loss(den, plus, offset))
-    return tok, den
+    loss = partial(make_loss, plus=plus, offset=offset)
+    return fit(partial(build, process=process, times=times), config, data, images, seed, precision, loss=loss)
 
 
 def arms() -> dict:  # name -> what differs
@@ -90,7 +84,7 @@ def experiments(
 ):  # yields ('key.path', make), and make() gives the value
     "Every arm of `arms`, drawn from in every way of `walks`"
     s, data, judge = SWEEP[scale], Papers(), load_judge("painted")
-    precision = "bf16" if has_bf16(pick_device()) else "fp32"
+    precision = best_precision()
     config, changes = settings(data, s["images"], scale), arms()
     ways = {k: walks(k, c["process"], s["steps"], s["few"], c.get("offset", 0.0)) for k, c in changes.items()}
 
@@ -100,22 +94,19 @@ def experiments(
 
     @lru_cache(1)  # all keys of an arm ask for its model
     def trained(name, seed):
-        start = time.perf_counter()
-        tok, den = fit(config, data, s["images"], seed, precision=precision, **changes[name])
-        return tok, den, time.perf_counter() - start
+        return trained_arm(config, data, s["images"], seed, precision=precision, **changes[name])
 
     def drawn(name, way, seed):
-        (ts, sampler), (tok, den, _) = ways[name][way], trained(name, seed)
-        return drawer(den, tok, data.shape, ts, sampler=sampler)
+        (ts, sampler), arm = ways[name][way], trained(name, seed)
+        return drawer(arm.model, arm.tok, data.shape, ts, sampler=sampler)
 
     def brightness(name, way, seed):
         return measure(drawn(name, way, seed), data, judge, s["n"], seed)
 
     def row(name, way, seed):
-        _, den, took = trained(name, seed)
         row = evaluate(drawn(name, way, seed), data, judge, s["n"], seed, s["n"] // 2)
-        row |= dict(recipe=f"terminal_snr.{name}", params=sum(p.numel() for p in den.net.parameters()))
-        return row | dict(images=s["images"], train_seconds=took, nfe=len(ways[name][way][0]) - 1)
+        made = trained(name, seed).about | dict(recipe=f"terminal_snr.{name}")
+        return row | made | dict(nfe=len(ways[name][way][0]) - 1)
 
     yield "setting", setting
     for seed in seeds:

@@ -7,9 +7,8 @@ import torch
 from t2i_course.core.data import Painted
 from t2i_course.core.files import CourseError
 from t2i_course.core.sources import load
-from t2i_course.core.ema import train_arm
+from t2i_course.core.experiments import best_precision, fit
 from t2i_course.core.metrics import evaluate, load_judge, reference
-from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.diffusion.ddpm import VP, drawer, linear_betas, uniform_times
 from t2i_course.diffusion.preconditioning import fit_skip
 from t2i_course.flow.flow_matching import ETA, build, logit_normal, mode_times, recipe_for
@@ -115,13 +114,15 @@ def controls(
     def trained(name, arm, seed):
         data, judge = load(name), load_judge(name)
         config = recipe_for(data, scale)
-        torch.manual_seed(seed)
-        tok, den = build(config | dict(skip=arm == "skip"))
-        fit_skip(den, data, tok, config.fit_images)
-        loss = train_arm(den, tok, data, config, images, seed, precision)
+
+        def started(config):
+            tok, den = build(config | dict(skip=arm == "skip"))
+            return tok, fit_skip(den, data, tok, config.fit_images)
+
+        made = fit(started, config, data, images, seed, precision)
         floor = reference(data, judge, n)["floor"]["fd_floor"]
-        one = partial(measure, den, tok, data, judge, n, seed, held=n // 2, above=0.2)
-        return config, one, dict(loss=loss, images=images, fd_floor=floor)
+        one = partial(measure, made.model, made.tok, data, judge, n, seed, held=n // 2, above=0.2)
+        return config, one, dict(loss=made.about["loss"], images=images, fd_floor=floor)
 
     def control(*arm):
         config, one, about = trained(*arm)
@@ -151,7 +152,7 @@ def experiments(
     s, data = SWEEP[scale], Painted()
     start = dict(t_mean=-0.3, t_std=1.4, pairs_in_groups=False)  # of every arm
     config = recipe_for(data, scale) | dict(max_len=12) | start
-    judge, precision = load_judge("painted"), "bf16" if has_bf16(pick_device()) else "fp32"
+    judge, precision = load_judge("painted"), best_precision()
     changes = arms(VP(linear_betas()))
 
     @cache
@@ -166,9 +167,9 @@ def experiments(
 
     @lru_cache(1)  # all keys of an arm ask for its model
     def trained(name, seed):
-        tok, den = make_arm(config, tables(), seed, **changes[name])
-        loss = train_arm(den, tok, data, config, s["images"], seed, precision)
-        return partial(measure, den, tok, data, judge, s["n"], seed), loss
+        start = partial(make_arm, tables=tables(), seed=seed, **changes[name])
+        made = fit(start, config, data, s["images"], seed, precision)
+        return partial(measure, made.model, made.tok, data, judge, s["n"], seed), made.about["loss"]
 
     def arm(name, seed):
         one, loss = trained(name, seed)

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from t2i_course.core.counting import parameters
 from t2i_course.core.data import Draws
 from t2i_course.core.ema import state_for
 from t2i_course.core.experiments import best_precision, setting
@@ -125,7 +126,7 @@ def _penalties(s: dict, data, judge, scale: str, seed: int, precision: str):
         row = evaluate(gan.painter(tok, config), data, judge, s["n"], seed)
         return row | dict(
             recipe="adversarial",
-            params=sum(p.numel() for p in gan.artist.parameters()),
+            params=parameters(gan.artist),
             images=s["images"],
             train_seconds=took * s["images"] / config.batch,
             nfe=1,

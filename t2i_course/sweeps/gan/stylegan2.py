@@ -5,6 +5,7 @@ from functools import lru_cache, partial
 import torch
 
 from t2i_course.core.conditioning import Cond
+from t2i_course.core.counting import parameters
 from t2i_course.core.data import Draws
 from t2i_course.core.experiments import best_precision, fit, setting
 from t2i_course.core.metrics import evaluate, frechet, load_judge
@@ -79,7 +80,7 @@ def experiments(
 
     def row(name, seed):
         arm = trained(name, seed)
-        params = sum(p.numel() for p in arm.model.artist.parameters())
+        params = parameters(arm.model.artist)
         return arm.row(data, judge, n, seed, recipe=f"stylegan2.{name}", params=params)
 
     def path(name, seed):

@@ -4,6 +4,7 @@ from functools import lru_cache, partial
 
 import torch
 
+from t2i_course.core.counting import parameters
 from t2i_course.core.data import Draws
 from t2i_course.core.experiments import best_precision, fit, setting
 from t2i_course.core.metrics import at_most, evaluate, judge_for
@@ -46,7 +47,7 @@ def experiments(
     def trained(name, seed):
         change, d = arms[name]
         arm = fit(build, recipe_for(d, scale) | change, d, s["images"], seed, precision)
-        params = [sum(p.numel() for p in m.parameters()) for m in (arm.model.artist, arm.model.net)]
+        params = [parameters(m) for m in (arm.model.artist, arm.model.net)]
         arm.about |= dict(recipe=name, params=params[0], params_trained=params[1])
         return arm
 

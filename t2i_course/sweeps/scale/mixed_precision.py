@@ -6,11 +6,10 @@ from functools import cache, lru_cache, partial
 import torch
 
 from t2i_course.core.sources import load
+from t2i_course.core.counting import parameters
 from t2i_course.core.ema import train_arm
 from t2i_course.core.metrics import evaluate, load_judge, reference
 from t2i_course.core.training import has_bf16, pick_device
-from t2i_course.diffusion.ddpm import drawer, settings_of
-from t2i_course.flow.flow_matching import times
 from t2i_course.scale.mixed_precision import (
     FORMATS,
     diverged,
@@ -50,7 +49,7 @@ def experiments(
             base=s["base"],
             more=s["more"],
             seeds=list(seeds),
-            batch=config["batch"],
+            batch=config.batch,
             fp16="autocast" if cuda else "simulated: float32 arithmetic, every product rounded to float16",
             bf16="autocast" if units else "simulated: float32 arithmetic, every product rounded to bfloat16",
             fd_floor=reference(data, judge, s["n"])["floor"]["fd_floor"],
@@ -65,19 +64,18 @@ def experiments(
         real = dict(fp32=True, bf16=units, fp16=cuda)[arm]
         loss = None if real else simulated(den.loss, FORMATS[arm])
         end = train_arm(den, tok, data, config, s["images"], seed, arm, loss)
-        draw = drawer(den, tok, data.shape, times(config, config["sample_steps"]), **settings_of(config))
-        row = evaluate(draw, data, judge, s["n"], seed, 0)
+        row = evaluate(den.painter(tok, config), data, judge, s["n"], seed, 0)
         about = dict(
             recipe="flow_matching",
             precision=arm,
-            params=sum(p.numel() for p in den.net.parameters()),
+            params=parameters(den.net),
             images=s["images"],
         )
         return (
             row
             | about
             | dict(
-                nfe=den.calls(config | dict(shape=list(data.shape))),
+                nfe=den.calls(config),
                 loss=end,
                 unseen_loss=unseen_loss(den, tok, data, 256, 7),
             )

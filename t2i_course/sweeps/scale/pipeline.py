@@ -5,9 +5,9 @@ from dataclasses import asdict
 from functools import cache, partial
 
 import torch
-from torch import nn
 
 from t2i_course.codec.vae import psnr
+from t2i_course.core.counting import parameters
 from t2i_course.core.data import Draws
 from t2i_course.core.sources import load
 from t2i_course.core.metrics import at_most, evaluate, judge_for, obedience
@@ -68,10 +68,6 @@ def fit(
     return run
 
 
-def count(net: nn.Module) -> int:  # parameters
-    return sum(p.numel() for p in net.parameters())
-
-
 def experiments(
     scale: str = "demo",  # smoke, demo or full
     seeds=(0, 1),  # of text encoder, U-Net, order and noise; the autoencoder is shared
@@ -104,7 +100,7 @@ def experiments(
             y = vae.decode(vae.encode(x.x.to(vae.device)).latent_dist.mean).sample.cpu()
         return dict(
             psnr=psnr(x.x, y.clamp(-1, 1)).mean().item(),
-            params=count(vae),
+            params=parameters(vae),
             seconds=took,
             images=ours(name, scale).vae_images,
             obedience=obedience(judge_for(data), y.clamp(-1, 1), data, x.captions),
@@ -116,7 +112,9 @@ def experiments(
         with run.averaged() as parts:
             row = evaluate(painter(as_pipeline(parts), sweep["draw"]), data, judge_for(data), n, seed, n // 4)
         row |= dict(
-            recipe=f"pipeline.{name}", params=count(run.net) + count(vae), train_seconds=run.progress.seconds
+            recipe=f"pipeline.{name}",
+            params=parameters(run.net) + parameters(vae),
+            train_seconds=run.progress.seconds,
         )
         return row | dict(images=s.steps * s.accumulate * s.batch, nfe=2 * sweep["draw"])
 

@@ -1,6 +1,5 @@
 "The sweeps of the DiT chapter: sizes, patches and conditionings on digits; DiT and U-Net on painted digits."
 
-import time
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 
@@ -9,9 +8,9 @@ from torch import Tensor
 
 from t2i_course.core.data import Draws
 from t2i_course.core.sources import load
-from t2i_course.core.ema import train_arm
+from t2i_course.core.experiments import best_precision, fit
 from t2i_course.core.metrics import evaluate, frechet, judge_for, real_floor
-from t2i_course.core.training import has_bf16, pick_device
+from t2i_course.core.training import pick_device
 from t2i_course.diffusion.ddpm import SIZES as UNET_SIZES, UNetConfig, drawer, text_unet
 from t2i_course.diffusion.preconditioning import fit_skip
 from t2i_course.transformer.dit import (
@@ -90,7 +89,7 @@ def experiments(
     "Sizes and patches, four ways of conditioning on digits; DiT and U-Net on painted digits"
     s, data, painted = SWEEP[scale], load("digits"), load("painted")
     judge, device = judge_for(data), pick_device()
-    precision = "bf16" if has_bf16(device) else "fp32"
+    precision = best_precision()
     base, big = recipe_for(data, scale), recipe_for(painted, scale)
     size = "L" if "L" in s["sizes"] else "S"
 
@@ -99,7 +98,7 @@ def experiments(
         draws = Draws(0, torch.arange(len(data.labels[split])))
         return judge.features(data.batch(split, draws).x)
 
-    def floor():  # captions come in turn, so labels have nearly the same share in drawings and training pictures
+    def floor():  # captions come in turn: labels have nearly the same share in drawings and pictures
         parts = [data.batch(k, Draws(0, torch.arange(len(data.labels[k])))) for k in ("train", "test")]
         features = torch.cat([see("train"), see("test")])
         labels = torch.cat([b.attrs[data.attribute] for b in parts])
@@ -120,23 +119,24 @@ def experiments(
     fitted = {}
 
     def trained(build, config, data, seed, images=None, seconds=None):
-        torch.manual_seed(seed)
-        tok, den = build(config)
-        den.net.to(device)
-        den.to(device)
-        if den.skip is not None:  # painted digits only; fitted once
-            if not fitted:
-                fitted.update(fit_skip(den, data, tok, s["fit"]).skip.tables)
-            den.skip.tables = dict(fitted)
-        start, cpu = time.perf_counter(), time.process_time()
-        loss = train_arm(den, tok, data, config, images, seed, precision, seconds=seconds)
-        took = dict(train_seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu)
-        return tok, den, dict(params=n_params(den.net), images=images, train_loss=loss) | took
+        def started(config):
+            tok, den = build(config)
+            den.net.to(device)
+            den.to(device)
+            if den.skip is not None:  # painted digits only; fitted once
+                if not fitted:
+                    fitted.update(fit_skip(den, data, tok, s["fit"]).skip.tables)
+                den.skip.tables = dict(fitted)
+            return tok, den
+
+        made = fit(started, config, data, images, seed, precision, seconds=seconds)
+        about = made.about | dict(params=n_params(made.model.net), train_loss=made.about["loss"])
+        return made.tok, made.model, about
 
     def digits_row(seed, *arm):
         tok, den, made = trained(build, mini(base, *arm), data, seed, s["images"])
-        row = score(den, tok, data, judge, see("train"), s["n"], seed, s["steps"])
-        return row | made | dict(macs=macs(den.net.net, base.max_len))
+        row = made | score(den, tok, data, judge, see("train"), s["n"], seed, s["steps"])
+        return row | dict(macs=macs(den.net.net, base.max_len))
 
     def painted_row(recipe, seed, build, config, **budget):
         tok, den, made = trained(build, config, painted, seed, **budget)

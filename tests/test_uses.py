@@ -1,0 +1,132 @@
+"""Runs that stand on runs: what is needed is trained first, what is given is taken, what is missing or changed is refused by name."""
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from t2i_course import cli
+from t2i_course.core.files import CourseError
+from t2i_course.core.register import recipe, recipes
+from t2i_course.core.runs import open_run
+from t2i_course.core.sources import load
+from t2i_course.run.measure import costs, eval_run
+from t2i_course.run.rows import cleared
+from t2i_course.run.settings import check_roles, clock, needs, settings
+
+SMALL = ("--data", "digits", "--scale", "smoke", "--precision", "fp32", "--quiet")
+NEEDY = [name for name in recipes() if hasattr(recipe(name), "uses_for")]
+
+
+def t2i(*args): return cli.main([str(a) for a in args])
+
+
+def config_of(run): return json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
+
+
+def refused(capsys, *args):
+    capsys.readouterr()
+    code, err = t2i(*args), capsys.readouterr().err.strip()
+    assert code == 2 and err.splitlines()[-1].startswith("t2i: "), err
+    return err.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    "DALL-E and the codec that was trained for it, on one clock of 100 images"
+    out = tmp_path_factory.mktemp("pair") / "dalle"
+    assert t2i("train", "dalle", *SMALL, "--images", 100, "--out", out) == 0
+    return out
+
+
+def test_some_recipes_stand_on_others(): assert {"dalle", "parti", "cm3leon", "pixelcnn"} <= set(NEEDY)
+
+
+def test_what_is_needed_is_trained_first_on_its_share_of_the_clock(pair, capsys):
+    "The run and the codec share the images; the row counts both"
+    codec, config = pair.with_name("dalle-codec"), config_of(pair)
+    used = config["uses"]["codec"]
+    assert used["run"] == "../dalle-codec" and config["images"] == 100
+    own, other = (json.loads((run / "train.json").read_text())["images"] for run in (pair, codec))
+    assert own + other == 100 and other == round(100 * used["share"]) > 0
+    assert costs(pair, open_run(pair).config)["images"] == 100
+    row = eval_run(pair, n=8, quiet=True)
+    assert row["images"] == 100 and row["params_trained"] > json.loads((pair / "train.json").read_text())["params_trained"]
+
+
+def test_the_same_command_with_resume_changes_nothing(pair, capsys):
+    assert t2i("train", "dalle", *SMALL, "--images", 100, "--resume", "--out", pair) == 0
+    assert "trained to the end already" in capsys.readouterr().err
+    assert "was started with --images 100" in refused(capsys, "train", "--images", 80, "--resume", "--out", pair)
+
+
+def test_an_interrupted_pair_goes_on(pair, tmp_path):
+    "Stopped after the codec: it is taken up as it is, and the pair is the same as without the stop"
+    shutil.copytree(pair.with_name("dalle-codec"), tmp_path / "dalle-codec")
+    assert t2i("train", "dalle", *SMALL, "--images", 100, "--resume", "--out", tmp_path / "dalle") == 0
+    a, b = (open_run(run / "dalle" if run == tmp_path else run).model.net.state_dict() for run in (tmp_path, pair))
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+@pytest.mark.parametrize("name", NEEDY)
+def test_a_finished_run_is_taken(name, tmp_path, capsys):
+    "Given by --use, it is not trained again, and the whole clock is left for the run itself"
+    module = recipe(name)
+    config = settings(name, "digits", "smoke", None, 64, 0, "fp32")
+    use = []
+    for need in needs(config):
+        sets = [f"{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in need.changes.items()]
+        assert t2i("train", need.recipe, *SMALL, "--images", 64, "--out", tmp_path / need.role, *(["--set", *sets] if sets else [])) == 0
+        use.append(f"{need.role}={tmp_path / need.role}")
+    assert t2i("train", name, *SMALL, "--images", 64, "--use", *use, "--out", tmp_path / "run") == 0
+    assert not list(tmp_path.glob("run-*")) and "is trained first" not in capsys.readouterr().err
+    run = open_run(tmp_path / "run")
+    assert clock(run.config)[0] == 64 and isinstance(run.config, module.Config)
+    assert run.draw(["a handwritten seven"]).shape == (1, *load("digits").shape)
+    assert not any(p.requires_grad for p in run.model.net.parameters())
+
+
+def test_codec_is_the_short_form(pair, tmp_path):
+    codec = pair.with_name("dalle-codec")
+    assert t2i("train", "dalle", *SMALL, "--images", 32, "--codec", codec, "--out", tmp_path / "a") == 0
+    assert t2i("train", "dalle", *SMALL, "--images", 32, "--use", f"codec={codec}", "--out", tmp_path / "b") == 0
+    assert config_of(tmp_path / "a")["uses"] == config_of(tmp_path / "b")["uses"]
+
+
+@pytest.mark.parametrize("use, says", [(["text=x"], "no use for a text: it has a use for codec"), (["codec"], "ROLE=RUN"),
+                                       (["codec=nowhere"], "nowhere"), (["codec=a", "codec=b"], "two runs are given as the codec")])
+def test_what_cannot_be_used_is_refused(tmp_path, capsys, use, says):
+    assert says in refused(capsys, "train", "dalle", *SMALL, "--images", 32, "--use", *use, "--out", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_recipe_that_stands_alone_takes_none(tmp_path, capsys):
+    assert "stands on no other run" in refused(capsys, "train", "adversarial", *SMALL, "--use", "codec=x", "--out", tmp_path / "a")
+    with pytest.raises(CourseError, match="for shards of latents"): check_roles("ddpm", recipe("ddpm"), "digits", dict(codec="x"))
+
+
+def test_a_missing_or_changed_run_is_refused_by_name(pair, tmp_path, capsys):
+    for name in ("dalle", "dalle-codec"): shutil.copytree(pair.with_name(name), tmp_path / name)
+    run, codec = tmp_path / "dalle", tmp_path / "dalle-codec"
+    draw = ("sample", run, "--prompt", "a handwritten two", "--out", tmp_path / "a.png")
+    assert t2i(*draw) == 0
+    codec.rename(tmp_path / "away")
+    said = refused(capsys, *draw)
+    assert f"uses the codec of {codec}" in said and "--use codec=RUN" in said
+    assert t2i("train", "--resume", "--out", run, "--use", f"codec={tmp_path / 'away'}") == 0  # its new place is written down
+    assert config_of(run)["uses"]["codec"]["run"] == "../away" and t2i(*draw) == 0
+    assert t2i("train", "vqvae", *SMALL, "--images", 32, "--seed", 3, "--out", codec) == 0
+    assert "was started with --codec" in refused(capsys, "train", "--resume", "--out", run, "--codec", codec)
+    shutil.rmtree(tmp_path / "away")
+    shutil.copytree(codec, tmp_path / "away")
+    assert "trained with another codec" in refused(capsys, *draw)
+
+
+def test_stale_used_runs_are_made_anew(pair, tmp_path):
+    "A row's run is kept while it and what was trained for it are as wanted"
+    for name in ("dalle", "dalle-codec"): shutil.copytree(pair.with_name(name), tmp_path / name)
+    wanted = settings("dalle", "digits", "smoke", None, 100, 0, "fp32")
+    assert not cleared(tmp_path / "dalle", wanted) and (tmp_path / "dalle" / "config.json").exists()
+    path = tmp_path / "dalle-codec" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(seed=5)))
+    assert cleared(tmp_path / "dalle", wanted) and not list(tmp_path.glob("*/config.json"))
