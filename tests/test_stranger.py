@@ -181,12 +181,12 @@ def test_no_step_jumps(data, closed):
 def test_tables_are_enough_to_go_on(data, closed, tmp_path):
     "Stopped, resumed, and loaded: the chosen form is in the tables, and their shapes do not depend on the choice."
     out = train_run("flow_matching", str(data.path), scale="smoke", images=96, out=tmp_path / "run", quiet=True)
-    saved = {k: v for k, v in load_file(out / "model.safetensors").items() if k.startswith("skip.")}
+    saved = {k: v for k, v in load_file(out / "model.safetensors").items() if k.startswith("extra.")}
     tok, den, config = closed
     given = flow_matching.build(config)[1].skip
     b = data.batch("train", Draws(0, torch.arange(100)))
     given.fit(b.x, tok(b.captions).ids)
-    assert {k: v.shape for k, v in saved.items()} == {f"skip.{k}": v.shape for k, v in given.tables.items()}
+    assert {k: v.shape for k, v in saved.items()} == {f"extra.{k}": v.shape for k, v in given.tables.items()}
     model = open_run(out)
     x, captions = drawings.unseen(data)
     for a, b in zip(guessed(model.model, model.tok, x[:50], captions[:50], .5), guessed(den, tok, x[:50], captions[:50], .5)):
