@@ -14,6 +14,7 @@ MARKED = re.compile(r"[*_`]*(?:\s[A-Za-z]{1,12})?[*_`]*\s*<!--\s*results[/:]")  
 STATED = re.compile(r"(?<![\w.,/^_\\:#-])(?P<number>\d[\d,]*\.\d+|\d[\d,]*(?=\s?(?:%|percent\b)))(?![\w/]|\.\d)(?P<percent>\s?(?:%|percent\b))?")
 CITED = re.compile(r"arXiv|\]\(http|\b(?:[Ss]ections?|[Tt]ables?|[Aa]ppendix|[Ff]igure) [\dA-Z]|\b(?:published|official|released)\b")
 PRODUCT = re.compile(r"(?:Python [\d., or]*|(?:PyTorch|Diffusion|accelerate|Slurm|[Vv]ersion|Xeon|BY) )$")  # the number of a version stands behind it
+LEVEL = re.compile(r"(?:one-sided,? )?95%(?:\)| (?:confidence )?interval)|one-sided,? (?:at )?(?:5|95)%")  # says how sure, and is no measurement
 UNCHECKED = re.compile(r"Exercises|Quiz|References|At full scale|What others used")  # checked by code, or quoted from papers
 EVERYWHERE = re.compile(r"$|Summary")  # sections that speak of the whole page: its beginning, and the summary
 
@@ -78,6 +79,7 @@ def stated(page):
         for line in lines(cells):
             for match in STATED.finditer(line):
                 if PRODUCT.search(line[:match.start()]): continue
+                if any(level.start() <= match.start() < level.end() for level in LEVEL.finditer(line)): continue
                 number, percent = match["number"].replace(",", ""), bool(match["percent"])
                 known = bool(CITED.search(line)) or is_among(number, percent, values)
                 yield Stated(match[0], percent, bool(MARKED.match(line[match.end():])), known, line)

@@ -329,7 +329,7 @@ def test_the_reference_of_digits_is_unmoved_and_complete():
 def test_what_is_compared_has_the_same_n():
     "Two methods at one n share reference, captions and floor; another n has another floor, which its row states."
     data = load("digits")
-    one, two = (evaluate(lambda c, s, split=k: of_label(data, c, split), data, n=60) for k in ("train", "test"))
+    one, two = (evaluate(lambda c, s, k=k: of_label(data, c, k), data, n=60) for k in ("train", "test"))
     keys = ("n", "n_reference", "n_each", "fd_floor", "splits", "floor_sizes", "precision_real")
     assert [one[k] for k in keys] == [two[k] for k in keys]
     more = evaluate(lambda c, s: of_label(data, c), data, n=240)

@@ -84,14 +84,14 @@ def kinds(
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
-def known(cls: type, names, where: str):
+def known(cls: type, names, where: str, why: str = ""):
     "Refuse fields that a config does not have"
     own = kinds(cls)
     strange = [k for k in names if k not in own]
     if strange:
         have = ", ".join(own)
         raise CourseError(
-            f"{where} names {', '.join(map(str, strange))}, which is not a field; the fields are {have}"
+            f"{where} names {', '.join(map(str, strange))}, which is not a field; {why}the fields are {have}"
         )
 
 
@@ -141,7 +141,7 @@ def from_json(
     where,  # the file, for the message
 ) -> Config:
     "Unknown and missing fields are refused with a sentence"
-    known(cls, values, where)
+    known(cls, values, where, "it was made by another version or changed by hand: train again; ")
     missing = [
         f.name
         for f in dataclasses.fields(cls)

@@ -249,7 +249,6 @@ class Denoiser(Defaults):
     ):
         self.net,self.process,self.target,self.skip = net,process,target,skip
         self.times,self.null,self.p_drop,self.codec = times,null,p_drop,codec or Identity()
-
     def painter(self, tok, config)->object: # draw(captions, seed) -> pictures, as the recipe draws them
         return drawer(self, tok, config.shape, times(config, config.steps), **settings_of(config))
     def calls(self, config)->int: # network calls for one picture, counted while one is drawn
@@ -402,8 +401,7 @@ def drawer(
     clamp:float=None, # see `sample`; the codec's limit if not said: latents need more room than pictures
 ):                    # draw(captions, seed) -> (n c h w)
     "Captions in, pictures out; the noise of a picture depends on the seed and its place alone"
-    clamp = den.codec.limit if clamp is None else clamp
-    walk = sampler or partial(sample, eta=eta, large=large, clamp=clamp)
+    walk = sampler or partial(sample, eta=eta, large=large, clamp=den.codec.limit if clamp is None else clamp)
     def paint(cond, draws):
         c = den.process.coefs(torch.as_tensor(ts[:1], dtype=torch.float32, device=draws.device))
         start = draws.normal('start', *shape)*(c.alpha**2+c.sigma**2).sqrt() # as of data of variance 1

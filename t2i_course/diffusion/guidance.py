@@ -274,6 +274,7 @@ def painted_config(
     form = closed_form(data, scale)|dict(pairs_in_groups=False)
     return PaintedConfig(**vars(recipe_for(data, scale)), **form)
 
+# %% ../../nbs/04_diffusion/05_guidance.ipynb #paintmod
 def early_times(draws:Draws)->Tensor: # (b) in (0,1), more of them near the data
     return uniform_times(draws)**2
 
