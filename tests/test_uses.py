@@ -68,6 +68,13 @@ def test_an_interrupted_pair_goes_on(pair, tmp_path):
     assert all(torch.equal(v, b[k]) for k, v in a.items())
 
 
+@pytest.mark.parametrize("share", ["1", "0", "-0.5", "1.5"])
+def test_a_share_of_the_clock_leaves_some_to_both(share, tmp_path, capsys):
+    "Refused before anything is written: a run that has no clock left would never end"
+    said = refused(capsys, "train", "dalle", *SMALL, "--seconds", 2, "--set", f"share={share}", "--out", tmp_path / "a")
+    assert "share of the clock that the codec takes" in said and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", NEEDY)
 def test_a_finished_run_is_taken(name, tmp_path, capsys):
     "Given by --use, it is not trained again, and the whole clock is left for the run itself"

@@ -9,7 +9,7 @@ import torch
 
 from t2i_course.core.config import set_fields
 from t2i_course.core.data import scale as current_scale
-from t2i_course.core.files import CourseError, make_folder, say
+from t2i_course.core.files import CourseError, between, make_folder, say
 from t2i_course.core.guards import one_writer, undisturbed
 from t2i_course.core.register import recipe as module_of
 from t2i_course.core.runfiles import model_hash, seen_from, whole, write_config
@@ -108,7 +108,13 @@ def needs(
 ) -> list:  # Needs that no finished run fills yet
     "What a run stands on and was not given"
     wanted = getattr(module_of(config.recipe), "uses_for", lambda config: {})(config)
-    return [Need(role, *what) for role, what in wanted.items() if role not in config.uses]
+    found = [Need(role, *what) for role, what in wanted.items() if role not in config.uses]
+    for need in found:
+        between(need.share, 0.01, 0.99, f"the share of the clock that the {need.role} takes (--set share)")
+    if sum(need.share for need in found) > 0.99:
+        names = ", ".join(need.role for need in found)
+        raise CourseError(f"the shares of {names} leave nothing of the clock to {config.recipe}: lower them")
+    return found
 
 
 def part_of(
