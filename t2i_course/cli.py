@@ -150,7 +150,7 @@ def sample_command(
     seed: Annotated[int, n("of the noise")] = 0,
 ):
     "Draw captions with a trained run."
-    draw_file(run, out, prompt, captions, per_caption, seed, **context.meta["options"])
+    draw_file(run, out, prompt, captions, per_caption, seed, context.meta["options"])
 
 
 @command(name="eval")

@@ -129,6 +129,16 @@ def test_a_missing_or_changed_run_is_refused_by_name(pair, tmp_path, capsys):
     assert "trained with another codec" in refused(capsys, *draw)
 
 
+def test_a_run_beside_is_not_one_that_is_needed(pair, tmp_path):
+    "What is gone on with is the run itself or one that it needs, not whatever has a name that begins so"
+    from t2i_course.run.rows import begun
+    wanted = settings("dalle", "digits", "smoke", None, 100, 0, "fp32")
+    shutil.copytree(pair, tmp_path / "dalle-other")
+    assert not begun(tmp_path / "dalle", wanted)
+    shutil.copytree(pair.with_name("dalle-codec"), tmp_path / "dalle-codec")
+    assert begun(tmp_path / "dalle", wanted)
+
+
 def test_stale_used_runs_are_made_anew(pair, tmp_path):
     "A row's run is kept while it and what was trained for it are as wanted"
     for name in ("dalle", "dalle-codec"): shutil.copytree(pair.with_name(name), tmp_path / name)
