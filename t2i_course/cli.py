@@ -17,6 +17,7 @@ from t2i_course.run.demo import demo
 from t2i_course.run.doctor import doctor
 from t2i_course.run.measure import eval_run
 from t2i_course.run.report import report
+from t2i_course.run.same import PLAN
 from t2i_course.run.sample import draw_file
 from t2i_course.run.sheets import SHEET
 from t2i_course.run.stamp import _typed
@@ -119,7 +120,8 @@ def train_command(
         return
     between(save_every, 0, 1e6, "--save-every")
     between(accumulate, 1, 4096, "--accumulate", whole=True)
-    known = resume and out and (Path(out) / "config.json").exists()  # the run knows its recipe
+    # the run knows its recipe, also one that waits for another
+    known = resume and out and any((Path(out) / f).exists() for f in ("config.json", PLAN))
     if not (name or known):
         raise CourseError(f"say which recipe to train: {', '.join(recipes())}")
     how = dict(quiet=quiet, save_every=save_every, shard=shard, accumulate=accumulate)

@@ -1,6 +1,8 @@
 """Runs that stand on runs: what is needed is trained first, what is given is taken, what is missing or changed is refused by name."""
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,80 @@ def test_an_interrupted_pair_goes_on(pair, tmp_path):
     assert t2i("train", "dalle", *SMALL, "--images", 100, "--resume", "--out", tmp_path / "dalle") == 0
     a, b = (open_run(run / "dalle" if run == tmp_path else run).model.net.state_dict() for run in (tmp_path, pair))
     assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory):
+    "A pair whose codec takes several steps"
+    out = tmp_path_factory.mktemp("longer") / "dalle"
+    assert t2i("train", "dalle", *SMALL, "--images", 640, "--out", out) == 0
+    return out
+
+
+def stopped_in_the_codec(out, monkeypatch, capsys):
+    "Asked to stop after the first step; the sentence that is printed"
+    from t2i_course.run import fit
+    real = fit.follow
+    def follow(state, records, *args):
+        for record in real(state, records, *args):
+            yield record
+            os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "follow", follow)
+        assert t2i("train", "dalle", *SMALL, "--images", 640, "--out", out) == 130
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def same_bytes(a, b):
+    return all((a.with_name(n) / "model.safetensors").read_bytes() == (b.with_name(n) / "model.safetensors").read_bytes() for n in (a.name, f"{a.name}-codec"))
+
+
+@pytest.mark.parametrize("again", [[], ["dalle", *SMALL, "--images", 640], ["dalle", "--precision", "auto"]])
+def test_a_pair_stopped_in_the_middle_of_the_codec_goes_on(longer, again, tmp_path, monkeypatch, capsys):
+    "By the command that is printed, and by the first one with --resume: the same bytes as without the stop"
+    out = tmp_path / "dalle"
+    assert stopped_in_the_codec(out, monkeypatch, capsys).endswith(f"t2i train --resume --out {out}")
+    assert "seed" in refused(capsys, "train", "--seed", 3, "--resume", "--out", out)
+    assert "images" in refused(capsys, "train", "dalle", "--images", 900, "--resume", "--out", out)
+    capsys.readouterr()
+    assert t2i("train", *again, "--resume", "--out", out, "--quiet") == 0 and "going on at" in capsys.readouterr().err
+    assert same_bytes(out, longer) and not (out / "plan.json").exists()
+
+
+def test_a_codec_that_several_processes_began_goes_on_alone(longer, tmp_path, monkeypatch, capsys):
+    "The form of a checkpoint is a matter of its folder, not of the folder of the run that needs it"
+    from t2i_course.run import train
+    from t2i_course.scale.fsdp import One
+    out = tmp_path / "dalle"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "sharers", lambda *args: One())
+        stopped_in_the_codec(out, monkeypatch, capsys)
+    assert list((tmp_path / "dalle-codec").glob("checkpoint-*"))
+    assert t2i("train", "--resume", "--out", out, "--quiet") == 0 and "going on at" in capsys.readouterr().err
+    assert same_bytes(out, longer)
+
+
+def test_a_finished_codec_is_complete_whoever_trained_it(longer, tmp_path):
+    from t2i_course.run.fit import complete
+    codec = tmp_path / "codec"
+    shutil.copytree(longer.with_name("dalle-codec"), codec)
+    config = open_run(codec).config
+    (codec / "checkpoint.safetensors").unlink()
+    assert complete(codec, config) and not complete(codec, config | dict(images=10_000))
+    (codec / "model.safetensors").unlink()
+    assert not complete(codec, config)
+
+
+def test_pictures_are_read_once_for_a_run_and_what_it_needs(tmp_path, monkeypatch):
+    from PIL import Image
+    from t2i_course.core.folders import Folder
+    for i in range(12):
+        Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"red number {i % 3}")
+    read, real = [], Folder.__init__
+    monkeypatch.setattr(Folder, "__init__", lambda self, *args: (read.append(args), real(self, *args))[1])
+    assert t2i("train", "dalle", "--data", tmp_path, *SMALL[2:], "--size", 16, "--images", 32, "--out", tmp_path / "runs" / "a") == 0
+    assert len(read) == 1
 
 
 @pytest.mark.parametrize("share", ["1", "0", "-0.5", "1.5"])

@@ -24,6 +24,7 @@ FILES = (
     "samples.png",
     "log.jsonl",
     "checkpoint.safetensors",
+    "plan.json",
     "config.json",
 )
 

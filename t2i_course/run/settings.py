@@ -16,7 +16,7 @@ from t2i_course.core.runfiles import model_hash, seen_from, whole, write_config
 from t2i_course.core.sources import is_path
 from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.run.data import are_latents, open_data, say_size
-from t2i_course.run.same import same_run
+from t2i_course.run.same import PLAN, same_run
 from t2i_course.run.stamp import hardware, versions
 
 # the clock when neither --images nor --seconds is given
@@ -175,6 +175,7 @@ def run_folder(
             config, ds = same_run(out, given), None
         else:
             write_config(out, config)
+            (out / PLAN).unlink(missing_ok=True)
         yield config, ds
 
 
@@ -201,6 +202,8 @@ def draft(
 
 
 def say_needs(out: Path, need: Need, config):
+    if (out / "model.safetensors").exists():
+        return say(f"{config.recipe} stands on a {need.role}: {out} is there already")
     part = part_of(config, need.share)
     much = f"{part['images']:,} images" if part["images"] else f"{part['seconds']:.0f} seconds"
     say(f"{config.recipe} stands on a {need.role}: {need.recipe} is trained first, {much}, into {out}")
