@@ -56,9 +56,13 @@ def test_what_is_needed_is_trained_first_on_its_share_of_the_clock(pair, capsys)
     assert row["images"] == 100 and row["params_trained"] > json.loads((pair / "train.json").read_text())["params_trained"]
 
 
-def test_the_same_command_with_resume_changes_nothing(pair, capsys):
+def test_the_same_command_with_resume_changes_nothing(pair, tmp_path, capsys):
     assert t2i("train", "dalle", *SMALL, "--images", 100, "--resume", "--out", pair) == 0
     assert "trained to the end already" in capsys.readouterr().err
+    (tmp_path / "dalle-codec").symlink_to(pair.with_name("dalle-codec"))
+    assert t2i("train", "dalle", *SMALL, "--images", 100, "--resume", "--out", tmp_path / "dalle") == 0
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'dalle-codec'} is there already" in said and "is trained first" not in said
     assert "was started with --images 100" in refused(capsys, "train", "--images", 80, "--resume", "--out", pair)
 
 

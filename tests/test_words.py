@@ -141,6 +141,29 @@ def test_help_of_every_command(capsys):
     assert t2i("run", "--help") == 0 and "report_card" in capsys.readouterr().out
 
 
+def test_help_says_where_what_is_needed_goes_and_what_is_usual(capsys):
+    import inspect
+    from t2i_course.run.chapter import run_chapter
+    def help_of(name):
+        assert t2i(name, "--help") == 0
+        return "".join(capsys.readouterr().out.split())  # a line may end anywhere
+    assert "intoOUT-ROLE" in help_of("train") and "shardsoflatents" in help_of("train")
+    assert "report_card120" in help_of("run") and sweep("report_card")[1].SECONDS == 120 and "ofmetricsafolder" in help_of("run")
+    seeds = [inspect.signature(call).parameters["seeds"].default for call in (run_chapter, cli.run_command, *(sweep(n)[1].experiments for n in sweeps() if hasattr(sweep(n)[1], "experiments")))]
+    assert len(seeds) > 20 and {n if isinstance(n, int) else len(n) for n in seeds} == {3}
+
+
+def test_the_command_line_at_work_is_the_innermost():
+    from t2i_course.run.stamp import command, typing
+    assert command("f()") == "python: f()"
+    with typing(["a", 1]):
+        with pytest.raises(KeyError), typing(["b"]):
+            assert command().endswith(" b")
+            raise KeyError
+        assert command().endswith(" a 1")
+    assert command("f()") == "python: f()"
+
+
 # --- the register ---
 
 def test_a_recipe_is_a_module_with_three_names():
