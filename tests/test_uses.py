@@ -112,6 +112,16 @@ def test_a_pair_stopped_in_the_middle_of_the_codec_goes_on(longer, again, tmp_pa
     assert same_bytes(out, longer) and not (out / "plan.json").exists()
 
 
+def test_what_is_needed_and_there_already_is_not_taken_unasked(pair, tmp_path, capsys):
+    "Without --resume it may be anybody's run: refused, and nothing is left behind; a damaged plan is named"
+    shutil.copytree(pair.with_name("dalle-codec"), tmp_path / "dalle-codec")
+    assert "already holds a run" in refused(capsys, "train", "dalle", *SMALL, "--images", 100, "--out", tmp_path / "dalle")
+    assert not (tmp_path / "dalle").exists()
+    (tmp_path / "dalle").mkdir()
+    (tmp_path / "dalle" / "plan.json").write_text("{")
+    assert "plan.json cannot be read" in refused(capsys, "train", "--resume", "--out", tmp_path / "dalle")
+
+
 def test_a_codec_that_several_processes_began_goes_on_alone(longer, tmp_path, monkeypatch, capsys):
     "The form of a checkpoint is a matter of its folder, not of the folder of the run that needs it"
     from t2i_course.run import train

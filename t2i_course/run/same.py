@@ -5,6 +5,7 @@ from pathlib import Path
 
 from t2i_course.core.config import set_fields, to_json
 from t2i_course.core.files import CourseError, make_folder, say, write_json
+from t2i_course.core.prepare import read_json
 from t2i_course.core.runfiles import model_hash, place_of, read_config, seen_from, whole, write_config
 from t2i_course.core.sources import is_path
 from t2i_course.run.data import open_data
@@ -68,7 +69,7 @@ def planned(
     "What is given once more has to be what it was; the pictures may have moved"
     if not (out / PLAN).exists():
         return given
-    plan, now = json.loads((out / PLAN).read_text(encoding="utf-8")), given | asked(given)
+    plan, now = read_json(out / PLAN, "delete it and repeat the first command"), given | asked(given)
     for name, own in list(plan.items()):
         value = now[name]
         if value in (None, own, [], {}) or (name, value) == ("precision", "auto"):

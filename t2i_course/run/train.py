@@ -80,7 +80,7 @@ def train_all(
         for need in needs(config):
             plan.append((*need, given_for(need, config, given)))
             say_needs(needed_run(out, need.role), need, config)
-        if plan:
+        if plan and (resume or not any(holds_run(needed_run(out, role)) for role, *_ in plan)):
             keep_plan(out, config, given)
     for role, *_, share, own in ranks.tell(plan):
         folder = needed_run(out, role)
