@@ -125,3 +125,13 @@ def test_a_run_without_a_codec_for_latents_is_named(recipe, folder, tmp_path):
     from t2i_course.run.data import codec_of
     run = train_run(recipe, "digits", scale="smoke", images=32, precision="fp32", out=tmp_path / "run", quiet=True)
     with pytest.raises(CourseError, match="without a codec for latents"): codec_of(run)
+
+
+def test_codes_are_no_latents(tmp_path):
+    "Shards of whole numbers are refused before a run is begun"
+    small = dict(scale="smoke", images=32, precision="fp32", quiet=True)
+    codec = train_run("vqvae", "digits", out=tmp_path / "codec", **small)
+    prepare(load("digits"), tmp_path / "codes", 32, open_run(codec).model.codec, shard_size=16)
+    with pytest.raises(CourseError, match="hold the codes of .*codec"):
+        train_run("ddpm", str(tmp_path / "codes"), use=dict(codec=str(codec)), out=tmp_path / "run", **small)
+    assert not (tmp_path / "run").exists()

@@ -45,6 +45,11 @@ def settings(
     mod, use = module_of(recipe), use or {}
     check_roles(recipe, mod, data, use)
     ds = ds or open_data(data, size, use.get("codec"))
+    if len(ds.shape) != 3:
+        raise CourseError(
+            f"the shards in {data} hold the codes of {use['codec']}, whole numbers: prepare latents with the "
+            "codec of t2i train vae, or take a recipe that has its own codes, on the data set itself"
+        )
     if images is None and seconds is None:
         images = IMAGES[scale]
     if precision == "auto":
