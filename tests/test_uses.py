@@ -97,7 +97,8 @@ def stopped_in_the_codec(out, monkeypatch, capsys):
 
 
 def same_bytes(a, b):
-    return all((a.with_name(n) / "model.safetensors").read_bytes() == (b.with_name(n) / "model.safetensors").read_bytes() for n in (a.name, f"{a.name}-codec"))
+    def files(run): return [(run.with_name(n) / "model.safetensors").read_bytes() for n in (run.name, f"{run.name}-codec")]
+    return files(a) == files(b)
 
 
 @pytest.mark.parametrize("again", [[], ["dalle", *SMALL, "--images", 640], ["dalle", "--precision", "auto"]])

@@ -149,7 +149,9 @@ def test_help_says_where_what_is_needed_goes_and_what_is_usual(capsys):
         return "".join(capsys.readouterr().out.split())  # a line may end anywhere
     assert "intoOUT-ROLE" in help_of("train") and "shardsoflatents" in help_of("train")
     assert "report_card120" in help_of("run") and sweep("report_card")[1].SECONDS == 120 and "ofmetricsafolder" in help_of("run")
-    seeds = [inspect.signature(call).parameters["seeds"].default for call in (run_chapter, cli.run_command, *(sweep(n)[1].experiments for n in sweeps() if hasattr(sweep(n)[1], "experiments")))]
+    modules = [sweep(name)[1] for name in sweeps()]
+    calls = [run_chapter, cli.run_command, *(mod.experiments for mod in modules if hasattr(mod, "experiments"))]
+    seeds = [inspect.signature(call).parameters["seeds"].default for call in calls]
     assert len(seeds) > 20 and {n if isinstance(n, int) else len(n) for n in seeds} == {3}
 
 
