@@ -17,9 +17,10 @@ from t2i_course.run.demo import demo
 from t2i_course.run.doctor import doctor
 from t2i_course.run.measure import eval_run
 from t2i_course.run.report import report
+from t2i_course.run.same import PLAN
 from t2i_course.run.sample import draw_file
 from t2i_course.run.sheets import SHEET
-from t2i_course.run.stamp import _typed
+from t2i_course.run.stamp import typing
 from t2i_course.run.train import train_run
 from t2i_course.run.words import Command, Commands, Sample, flag, of_the_system, roles, told
 
@@ -43,7 +44,7 @@ def command(**how):
     return app.command(**dict(cls=Command) | how)
 
 
-DATA = "digits, painted, painted2, mnist, fashion, cifar10 or a folder as ./FOLDER"
+SETS = "digits, painted, painted2, mnist, fashion, cifar10 or a folder as ./FOLDER"
 SIZE = "side of a folder's pictures, which are cropped to their central square and resized (default 32)"
 Side = Annotated[int | None, n(SIZE, "--size")]
 Split = Annotated[str, told("train, test, or painted: heldout", "NAME")]
@@ -51,9 +52,9 @@ File = Annotated[str | None, told("file to write", "FILE", "--out")]
 Quiet = Annotated[bool, flag("no progress bar", "--quiet")]
 Seed = Annotated[int, n("of every random number")]
 Run = Annotated[str, Argument(metavar="RUN", help="run folder")]
-Name = Annotated[str, Argument(metavar="DATA", help=DATA)]
+Name = Annotated[str, Argument(metavar="DATA", help=SETS)]
 DATA = (
-    f"{DATA}, of captioned images (default painted); with --resume: the new place of a folder that was moved"
+    f"{SETS}, of captioned images (default painted); with --resume: the new place of a folder that was moved"
 )
 
 
@@ -98,9 +99,15 @@ def train_command(
     ] = None,
     use: Annotated[
         list[str] | None,
-        told("finished runs to stand on; what is needed and not given is trained first", "ROLE=RUN"),
+        told(
+            "finished runs to stand on; what is needed and not given is trained first, into OUT-ROLE, on a "
+            "share of the clock (--set share=0.3)",
+            "ROLE=RUN",
+        ),
     ] = None,
-    codec: Annotated[str | None, told("short for --use codec=RUN", "RUN")] = None,
+    codec: Annotated[
+        str | None, told("short for --use codec=RUN; also of the codec that made shards of latents", "RUN")
+    ] = None,
     shard: Annotated[
         Literal["ddp", "fsdp"] | None,
         told("under torchrun: a copy of the model in each process, or a shard of it"),
@@ -119,7 +126,8 @@ def train_command(
         return
     between(save_every, 0, 1e6, "--save-every")
     between(accumulate, 1, 4096, "--accumulate", whole=True)
-    known = resume and out and (Path(out) / "config.json").exists()  # the run knows its recipe
+    # the run knows its recipe, also one that waits for another
+    known = resume and out and any((Path(out) / f).exists() for f in ("config.json", PLAN))
     if not (name or known):
         raise CourseError(f"say which recipe to train: {', '.join(recipes())}")
     how = dict(quiet=quiet, save_every=save_every, shard=shard, accumulate=accumulate)
@@ -150,7 +158,7 @@ def sample_command(
     seed: Annotated[int, n("of the noise")] = 0,
 ):
     "Draw captions with a trained run."
-    draw_file(run, out, prompt, captions, per_caption, seed, **context.meta["options"])
+    draw_file(run, out, prompt, captions, per_caption, seed, context.meta["options"])
 
 
 @command(name="eval")
@@ -168,14 +176,14 @@ def eval_command(
 
 @command(name="run", epilog=lambda: f"Chapters: {', '.join(('demo', *sweeps()))}")
 def run_command(
-    chapter: Annotated[str, Argument(metavar="CHAPTER", help="its name")],
-    seeds: Annotated[int, n("how many")] = 2,
-    seconds: Annotated[float | None, n("training time of a row (default 60)")] = None,
+    chapter: Annotated[str, Argument(metavar="CHAPTER", help="name of a chapter, or demo")],
+    seeds: Annotated[int, n("how many (default 3); fewer decide next to nothing")] = 3,
+    seconds: Annotated[float | None, n("training time of a row (default 60, report_card 120)")] = None,
     scale: Annotated[
         Literal["smoke", "demo", "full"] | None,
         told("size of models and sweeps (default: T2I_SCALE, else demo)"),
     ] = None,
-    out: File = None,
+    out: Annotated[str | None, told("file to write; of metrics a folder", "FILE", "--out")] = None,
 ):
     "Make the measurements of a chapter (results/CHAPTER.json); again: go on with the first that is missing."
     with at_scale(scale):
@@ -264,10 +272,10 @@ def main(argv=None) -> int:
     for stream in (sys.stdout, sys.stderr):  # captions may hold letters that the terminal has no code for
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    _typed.append([str(v) for v in (sys.argv[1:] if argv is None else argv)])
     code, line = 0, ""
     try:
-        code = typer.main.get_command(app).main(_typed[-1], prog_name="t2i", standalone_mode=False) or 0
+        with typing(sys.argv[1:] if argv is None else argv) as words:
+            code = typer.main.get_command(app).main(words, prog_name="t2i", standalone_mode=False) or 0
     except CourseError as e:
         code, line = 2, f"t2i: {e}"
     except Stopped as e:
@@ -278,8 +286,6 @@ def main(argv=None) -> int:
         code = 1
     except (RuntimeError, OSError) as e:
         code, line = of_the_system(e)
-    finally:
-        _typed.pop()
     if line:
         say(line, everyone=True)
     return code

@@ -312,3 +312,14 @@ def test_seconds_clock_keeps_the_used_time(tmp_path):
     done = json.loads((out/'train.json').read_text())
     train_run('ddpm', out=out, resume=True, quiet=True) # nothing left to do
     assert json.loads((out/'train.json').read_text())['images']==done['images'] and 1.5<=done['seconds']<=took
+
+
+def test_tensors_of_another_network(copy, tmp_path, capsys):
+    "The config is the run's own, but the package has another network by now, or other tables"
+    from t2i_course.core.files import load_tensors, save_tensors
+    p = copy/'model.safetensors'
+    tensors,note = load_tensors(p)
+    name = next(k for k in tensors if k.startswith('net.'))
+    for changed in ({k:v for k,v in tensors.items() if k!=name}, tensors|{name:torch.zeros(3, 7)}, tensors|{'net.more':torch.zeros(2)}):
+        save_tensors(p, changed, config=note['config'])
+        assert 'belongs to another network' in refused(capsys, 'sample', copy, '--prompt', 'x', '--out', tmp_path/'a.png')

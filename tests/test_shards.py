@@ -79,6 +79,9 @@ def test_one_door(folder):
     whole = shards.whole()
     assert torch.equal(whole.batch("train", draws).x, shards.batch("train", draws).x)
     assert torch.equal(whole.batch("test", draws).x, digits.batch("test", draws).x) and whole.labels is not None
+    for split in ("train", "test"): # the reference of the protocol does not move
+        assert torch.equal(whole.still().batch(split, draws).x, digits.still().batch(split, draws).x), split
+    assert not torch.equal(whole.still().batch("train", draws).x, whole.batch("train", draws).x)
 
 
 def test_shards_whose_origin_is_gone(tmp_path):
@@ -105,3 +108,30 @@ def test_latents_are_for_recipes_that_draw(folder, tmp_path):
             train_run(recipe, str(tmp_path / "z"), use=dict(codec=str(codec)), out=tmp_path / recipe, **small)
         assert not (tmp_path / recipe).exists()
     with pytest.raises(CourseError, match="by a codec"): load(str(tmp_path / "z"))
+
+
+def test_shards_are_measured_with_as_many_drawings_as_their_data_set(folder, tmp_path):
+    "Of a folder that is only called digits, as many as of any folder"
+    from types import SimpleNamespace
+    from t2i_course.run.measure import drawings
+    assert drawings(load(str(folder / "digits")).whole()) == drawings(load("digits")) == 5000
+    assert drawings(load(str(folder / "painted")).whole()) == 1000
+    assert drawings(SimpleNamespace(name="digits", crop="cut")) == 1000
+
+
+@pytest.mark.parametrize("recipe", ["ddpm", "adversarial"])
+def test_a_run_without_a_codec_for_latents_is_named(recipe, folder, tmp_path):
+    "Pixels as they are are no latents: neither to prepare with nor to open shards with"
+    from t2i_course.run.data import codec_of
+    run = train_run(recipe, "digits", scale="smoke", images=32, precision="fp32", out=tmp_path / "run", quiet=True)
+    with pytest.raises(CourseError, match="without a codec for latents"): codec_of(run)
+
+
+def test_codes_are_no_latents(tmp_path):
+    "Shards of whole numbers are refused before a run is begun"
+    small = dict(scale="smoke", images=32, precision="fp32", quiet=True)
+    codec = train_run("vqvae", "digits", out=tmp_path / "codec", **small)
+    prepare(load("digits"), tmp_path / "codes", 32, open_run(codec).model.codec, shard_size=16)
+    with pytest.raises(CourseError, match="hold the codes of .*codec"):
+        train_run("ddpm", str(tmp_path / "codes"), use=dict(codec=str(codec)), out=tmp_path / "run", **small)
+    assert not (tmp_path / "run").exists()

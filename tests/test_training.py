@@ -563,3 +563,11 @@ def test_turns_and_wrappers_hand_the_group_on():
     with pytest.raises(AttributeError, match="nothing"): marked.nothing
     state, turns = players()
     with pytest.raises(CourseError, match="got 8"): next(train(state, turns, feed(marked, None), images=48, batch=8))
+
+
+def test_a_budget_of_nothing_is_used_up():
+    "Nought is no clock to run for ever on"
+    from types import SimpleNamespace
+    from t2i_course.core.training import spent
+    state = SimpleNamespace(images=0, seconds=0.)
+    assert spent(state, None, 0.) >= 1 and spent(state, 0) >= 1 and spent(state, None, -1.) >= 1 and spent(state, 10, 10.) == 0

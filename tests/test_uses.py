@@ -1,6 +1,8 @@
 """Runs that stand on runs: what is needed is trained first, what is given is taken, what is missing or changed is refused by name."""
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -54,9 +56,13 @@ def test_what_is_needed_is_trained_first_on_its_share_of_the_clock(pair, capsys)
     assert row["images"] == 100 and row["params_trained"] > json.loads((pair / "train.json").read_text())["params_trained"]
 
 
-def test_the_same_command_with_resume_changes_nothing(pair, capsys):
+def test_the_same_command_with_resume_changes_nothing(pair, tmp_path, capsys):
     assert t2i("train", "dalle", *SMALL, "--images", 100, "--resume", "--out", pair) == 0
     assert "trained to the end already" in capsys.readouterr().err
+    (tmp_path / "dalle-codec").symlink_to(pair.with_name("dalle-codec"))
+    assert t2i("train", "dalle", *SMALL, "--images", 100, "--resume", "--out", tmp_path / "dalle") == 0
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'dalle-codec'} is there already" in said and "is trained first" not in said
     assert "was started with --images 100" in refused(capsys, "train", "--images", 80, "--resume", "--out", pair)
 
 
@@ -66,6 +72,98 @@ def test_an_interrupted_pair_goes_on(pair, tmp_path):
     assert t2i("train", "dalle", *SMALL, "--images", 100, "--resume", "--out", tmp_path / "dalle") == 0
     a, b = (open_run(run / "dalle" if run == tmp_path else run).model.net.state_dict() for run in (tmp_path, pair))
     assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory):
+    "A pair whose codec takes several steps"
+    out = tmp_path_factory.mktemp("longer") / "dalle"
+    assert t2i("train", "dalle", *SMALL, "--images", 640, "--out", out) == 0
+    return out
+
+
+def stopped_in_the_codec(out, monkeypatch, capsys):
+    "Asked to stop after the first step; the sentence that is printed"
+    from t2i_course.run import fit
+    real = fit.follow
+    def follow(state, records, *args):
+        for record in real(state, records, *args):
+            yield record
+            os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "follow", follow)
+        assert t2i("train", "dalle", *SMALL, "--images", 640, "--out", out) == 130
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def same_bytes(a, b):
+    def files(run): return [(run.with_name(n) / "model.safetensors").read_bytes() for n in (run.name, f"{run.name}-codec")]
+    return files(a) == files(b)
+
+
+@pytest.mark.parametrize("again", [[], ["dalle", *SMALL, "--images", 640], ["dalle", "--precision", "auto"]])
+def test_a_pair_stopped_in_the_middle_of_the_codec_goes_on(longer, again, tmp_path, monkeypatch, capsys):
+    "By the command that is printed, and by the first one with --resume: the same bytes as without the stop"
+    out = tmp_path / "dalle"
+    assert stopped_in_the_codec(out, monkeypatch, capsys).endswith(f"t2i train --resume --out {out}")
+    assert "seed" in refused(capsys, "train", "--seed", 3, "--resume", "--out", out)
+    assert "images" in refused(capsys, "train", "dalle", "--images", 900, "--resume", "--out", out)
+    capsys.readouterr()
+    assert t2i("train", *again, "--resume", "--out", out, "--quiet") == 0 and "going on at" in capsys.readouterr().err
+    assert same_bytes(out, longer) and not (out / "plan.json").exists()
+
+
+def test_what_is_needed_and_there_already_is_not_taken_unasked(pair, tmp_path, capsys):
+    "Without --resume it may be anybody's run: refused, and nothing is left behind; a damaged plan is named"
+    shutil.copytree(pair.with_name("dalle-codec"), tmp_path / "dalle-codec")
+    assert "already holds a run" in refused(capsys, "train", "dalle", *SMALL, "--images", 100, "--out", tmp_path / "dalle")
+    assert not (tmp_path / "dalle").exists()
+    (tmp_path / "dalle").mkdir()
+    (tmp_path / "dalle" / "plan.json").write_text("{")
+    assert "plan.json cannot be read" in refused(capsys, "train", "--resume", "--out", tmp_path / "dalle")
+
+
+def test_a_codec_that_several_processes_began_goes_on_alone(longer, tmp_path, monkeypatch, capsys):
+    "The form of a checkpoint is a matter of its folder, not of the folder of the run that needs it"
+    from t2i_course.run import train
+    from t2i_course.scale.fsdp import One
+    out = tmp_path / "dalle"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "sharers", lambda *args: One())
+        stopped_in_the_codec(out, monkeypatch, capsys)
+    assert list((tmp_path / "dalle-codec").glob("checkpoint-*"))
+    assert t2i("train", "--resume", "--out", out, "--quiet") == 0 and "going on at" in capsys.readouterr().err
+    assert same_bytes(out, longer)
+
+
+def test_a_finished_codec_is_complete_whoever_trained_it(longer, tmp_path):
+    from t2i_course.run.fit import complete
+    codec = tmp_path / "codec"
+    shutil.copytree(longer.with_name("dalle-codec"), codec)
+    config = open_run(codec).config
+    (codec / "checkpoint.safetensors").unlink()
+    assert complete(codec, config) and not complete(codec, config | dict(images=10_000))
+    (codec / "model.safetensors").unlink()
+    assert not complete(codec, config)
+
+
+def test_pictures_are_read_once_for_a_run_and_what_it_needs(tmp_path, monkeypatch):
+    from PIL import Image
+    from t2i_course.core.folders import Folder
+    for i in range(12):
+        Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"red number {i % 3}")
+    read, real = [], Folder.__init__
+    monkeypatch.setattr(Folder, "__init__", lambda self, *args: (read.append(args), real(self, *args))[1])
+    assert t2i("train", "dalle", "--data", tmp_path, *SMALL[2:], "--size", 16, "--images", 32, "--out", tmp_path / "runs" / "a") == 0
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize("share", ["1", "0", "-0.5", "1.5"])
+def test_a_share_of_the_clock_leaves_some_to_both(share, tmp_path, capsys):
+    "Refused before anything is written: a run that has no clock left would never end"
+    said = refused(capsys, "train", "dalle", *SMALL, "--seconds", 2, "--set", f"share={share}", "--out", tmp_path / "a")
+    assert "share of the clock that the codec takes" in said and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", NEEDY)
@@ -120,6 +218,16 @@ def test_a_missing_or_changed_run_is_refused_by_name(pair, tmp_path, capsys):
     shutil.rmtree(tmp_path / "away")
     shutil.copytree(codec, tmp_path / "away")
     assert "trained with another codec" in refused(capsys, *draw)
+
+
+def test_a_run_beside_is_not_one_that_is_needed(pair, tmp_path):
+    "What is gone on with is the run itself or one that it needs, not whatever has a name that begins so"
+    from t2i_course.run.rows import begun
+    wanted = settings("dalle", "digits", "smoke", None, 100, 0, "fp32")
+    shutil.copytree(pair, tmp_path / "dalle-other")
+    assert not begun(tmp_path / "dalle", wanted)
+    shutil.copytree(pair.with_name("dalle-codec"), tmp_path / "dalle-codec")
+    assert begun(tmp_path / "dalle", wanted)
 
 
 def test_stale_used_runs_are_made_anew(pair, tmp_path):

@@ -108,9 +108,23 @@ def test_options_are_those_of_the_model(run, tmp_path, capsys):
     assert t2i(*draw, "--steps=2", "--guidance", "1.5", "--temperature", 2) == 0
     assert "ddpm has no use for --temperature: left aside" in capsys.readouterr().err
     assert "there is no option --stebs" in refused(capsys, *draw, "--stebs", 3)
-    assert "--steps wants a number; got 'x'" in refused(capsys, *draw, "--steps", "x")
+    assert "--steps wants a whole number; got '2.5'" in refused(capsys, *draw, "--steps", 2.5)
+    assert "--guidance wants a number; got 'x'" in refused(capsys, *draw, "--guidance", "x")
     assert "--steps wants a number behind it" in refused(capsys, *draw, "--steps")
     assert "--steps must be a whole number from 1 to" in refused(capsys, *draw, "--steps", 0)
+
+
+@pytest.mark.parametrize("name", ["--prompts", "--promt", "--run", "--texts", "--options", "--ext", "--out-"])
+def test_a_misspelt_option_is_named(run, tmp_path, capsys, name):
+    "Also one that is called as something inside the command, and before it is asked what to draw"
+    said = refused(capsys, "sample", run, name, "a two", "--out", tmp_path / "a.png")
+    assert f"there is no option {name}" in said and not list(tmp_path.iterdir())
+
+
+def test_an_option_of_the_model_alone_is_known():
+    "The number of steps that only this model declares, however many recipes there are"
+    from t2i_course.run.sample import as_numbers
+    assert as_numbers(dict(own="3", half="0.5"), dict(own=(1, 9, True, ""), half=(0, 1, False, ""))) == dict(own=3, half=.5)
 
 
 def test_every_option_of_every_model_can_be_typed(capsys):
@@ -125,6 +139,31 @@ def test_help_of_every_command(capsys):
         assert t2i(name, "--help") == 0 and "Usage: t2i " + name in capsys.readouterr().out
     assert t2i("train", "--help") == 0 and "flow_matching" in capsys.readouterr().out
     assert t2i("run", "--help") == 0 and "report_card" in capsys.readouterr().out
+
+
+def test_help_says_where_what_is_needed_goes_and_what_is_usual(capsys):
+    import inspect
+    from t2i_course.run.chapter import run_chapter
+    def help_of(name):
+        assert t2i(name, "--help") == 0
+        return "".join(capsys.readouterr().out.split())  # a line may end anywhere
+    assert "intoOUT-ROLE" in help_of("train") and "shardsoflatents" in help_of("train")
+    assert "report_card120" in help_of("run") and sweep("report_card")[1].SECONDS == 120 and "ofmetricsafolder" in help_of("run")
+    modules = [sweep(name)[1] for name in sweeps()]
+    calls = [run_chapter, cli.run_command, *(mod.experiments for mod in modules if hasattr(mod, "experiments"))]
+    seeds = [inspect.signature(call).parameters["seeds"].default for call in calls]
+    assert len(seeds) > 20 and {n if isinstance(n, int) else len(n) for n in seeds} == {3}
+
+
+def test_the_command_line_at_work_is_the_innermost():
+    from t2i_course.run.stamp import command, typing
+    assert command("f()") == "python: f()"
+    with typing(["a", 1]):
+        with pytest.raises(KeyError), typing(["b"]):
+            assert command().endswith(" b")
+            raise KeyError
+        assert command().endswith(" a 1")
+    assert command("f()") == "python: f()"
 
 
 # --- the register ---

@@ -92,11 +92,18 @@ def open_run(
     def own(prefix):
         return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
-    load_trained(model.net, own("net."))
     device = pick_device()
-    model.net.to(device).eval().requires_grad_(False)
-    model.to(device)
-    model.extra = {k: v.to(device) for k, v in own("extra.").items()}
+    try:
+        load_trained(model.net, own("net."))
+        model.net.to(device).eval().requires_grad_(False)
+        model.to(device)
+        model.extra = {k: v.to(device) for k, v in own("extra.").items()}
+    except (RuntimeError, KeyError) as e:
+        why = str(e).splitlines()[0]
+        raise CourseError(
+            f"{path} belongs to another network ({why}), of another version of {config.recipe} or of this "
+            "package: train again into another folder"
+        ) from e
     return Finished(tok, model, config, run)
 
 

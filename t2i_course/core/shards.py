@@ -89,9 +89,9 @@ def opened(folder: Path, codec) -> tuple:
     made_by = index["about"]["codec"]
     if made_by and (codec is None or fingerprint(codec.encoder) != made_by):
         raise CourseError(
-            f"the latents in {folder} were made by {'another' if codec else 'a'} codec: open them with "
-            f"the codec that "
-            f"made them (its encoder's fingerprint is {made_by}), or prepare them again with yours"
+            f"the latents in {folder} were made by {'another' if codec else 'a'} codec: name the run of the "
+            f"codec that made them with --codec RUN (its encoder's fingerprint is {made_by}), or prepare "
+            "them again with yours"
         )
     return index["about"], index["shardlist"]
 
@@ -221,6 +221,10 @@ class Whole(Wrapped):
     def __init__(self, shards: Shards):
         super().__init__(shards.origin())
         self.shards, self.source, self.fingerprint = shards, shards.source, shards.fingerprint
+
+    def still(self):
+        "Without the movements of training: the pictures themselves, which the shards do not hold"
+        return self.data.still()
 
     def batch(self, split, draws):
         trained = split == "train" and split in self.shards.splits and not self.shards.made_by

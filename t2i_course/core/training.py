@@ -289,7 +289,8 @@ def spent(
     seconds:float=None, # planned time, if that is the clock, or the limit of a clock of images
 )->float:               # 0 at the start; 1 or more: the end
     "Share of the budget that is used up: of the clock that is further ahead"
-    return max(state.images/images if images else 0., state.seconds/seconds if seconds else 0.)
+    used = lambda of,budget: 0. if budget is None else of/budget if budget>0 else 1. # of nothing all is used
+    return max(used(state.images, images), used(state.seconds, seconds))
 
 def train(
     state:State,         # network, optimizers and how far they are

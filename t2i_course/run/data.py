@@ -40,8 +40,8 @@ def codec_of(
 ):
     "The codec of a finished run"
     codec = getattr(open_run(run).model, "codec", None)
-    if codec is None:
-        raise CourseError(f"{run} is a run without a codec: train one with t2i train vae")
+    if not hasattr(codec, "encoder"):  # none, pixels as they are, or a palette
+        raise CourseError(f"{run} is a run without a codec for latents: train one with t2i train vae")
     return codec
 
 

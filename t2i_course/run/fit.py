@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -14,7 +15,7 @@ from t2i_course.core.ema import state_for
 from t2i_course.core.files import CourseError, load_tensors, save_tensors, say, write_json
 from t2i_course.core.guards import undisturbed
 from t2i_course.core.register import recipe
-from t2i_course.core.runfiles import config_hash
+from t2i_course.core.runfiles import belongs, config_hash
 from t2i_course.core.runs import cut_log, follow, in_hardware, open_uses, resume
 from t2i_course.core.training import ALONE, feed, pick_device, spent, train
 from t2i_course.run.data import expect, run_data
@@ -45,6 +46,8 @@ def fit_run(
     first, device = ranks.rank == 0, pick_device()
     uses = open_uses(out, config)
     ds = ds or same_data(out, config, uses)
+    if ranks.size > 1 and complete(out, config):  # whoever trained it: no checkpoint is needed
+        return say(f"{out} is trained to the end already: nothing was changed")
     if first and not in_hardware(config.precision, device):
         say(f"no units for {config.precision} here: it is emulated, many times more slowly than fp32")
     if ranks.size == 1:
@@ -165,6 +168,17 @@ def finished(out: Path, state, config) -> bool:
         say(f"{out / 'model.safetensors'} is damaged: writing it again from the checkpoint")
         return False
     return (out / "train.json").exists()
+
+
+def complete(out: Path, config) -> bool:
+    "Is a run at its end, as its files tell? Its checkpoint may be of another number of processes"
+    try:
+        numbers = json.loads((out / "train.json").read_text(encoding="utf-8"))
+        note = load_tensors(out / "model.safetensors")[1]
+    except (OSError, ValueError):
+        return False
+    used = SimpleNamespace(images=numbers["images"], seconds=numbers["seconds"])
+    return belongs(note, config) and spent(used, *clock(config)) >= 1
 
 
 def write_model(out: Path, state, model, config, ranks=ALONE):

@@ -23,11 +23,7 @@ def eval_run(
     data=None,  # where its pictures lie now, if their folder was moved
 ) -> dict:  # the row
     "The measured row of a run; written to metrics.json in its folder"
-    from t2i_course.core.metrics import DRAWINGS
-
     found = open_run(run)
-    n = n or DRAWINGS.get(found.config.data, 1000)
-    call = f"eval_run({str(run)!r}, n={n}, seed={seed})"
     config = found.config if data is None else moved(found, data)
     pictures, same = run_data(found.run, config, open_uses(found.run, config))
     if not same:
@@ -43,11 +39,22 @@ def eval_run(
             return found.draw(captions, seed, each)
 
     pictures = pictures.whole() if hasattr(pictures, "whole") else pictures
+    n = n or drawings(pictures)
+    call = f"eval_run({str(run)!r}, n={n}, seed={seed})"
     row = (found.model.measure or protocol)(draw, pictures, n, seed) | about(found, call)
     write_json(found.run / "metrics.json", row)
     if not quiet:
         print(row_text(row))
     return row
+
+
+def drawings(
+    data,  # the pictures to compare with
+) -> int:
+    "How many are drawn, if it is not said; a folder that is called as a data set of the course is another"
+    from t2i_course.core.metrics import DRAWINGS
+
+    return 1000 if hasattr(data, "crop") else DRAWINGS.get(data.name, 1000)
 
 
 def moved(

@@ -9,7 +9,8 @@ from t2i_course.core.data import scale as current_scale
 from t2i_course.core.files import CourseError, say
 from t2i_course.core.guards import one_writer
 from t2i_course.core.runfiles import read_config
-from t2i_course.run.measure import eval_run
+from t2i_course.run.data import open_data
+from t2i_course.run.measure import drawings, eval_run
 from t2i_course.run.settings import given_for, needs, settings
 from t2i_course.run.stamp import alike, versions
 from t2i_course.run.train import needed_run, train_run
@@ -23,6 +24,7 @@ FILES = (
     "samples.png",
     "log.jsonl",
     "checkpoint.safetensors",
+    "plan.json",
     "config.json",
 )
 
@@ -60,6 +62,15 @@ def cleared(
     return True
 
 
+def begun(
+    out: Path,  # a run folder, which need not exist
+    wanted,  # settings that the run should have, but for the runs it stands on
+) -> bool:
+    "Is there a run, or one of those that it needs? The folders that `cleared` looks at"
+    there = any(begun(needed_run(out, need.role), wanted_of(need, wanted)) for need in needs(wanted))
+    return there or (out / "config.json").exists()
+
+
 def wanted_of(
     need,  # a Need
     wanted,  # settings of the run that has it
@@ -84,16 +95,14 @@ def kept_row(
 
 def measured_rows(recipe, data, seeds, seconds, work: Path) -> dict:
     "Train and measure once a seed; mean and spread of the main numbers"
-    from t2i_course.core.metrics import DRAWINGS
-
-    rows, n = [], 64 if current_scale() == "smoke" else DRAWINGS.get(data, 1000)
+    rows, n = [], 64 if current_scale() == "smoke" else drawings(open_data(data))
     for s in seeds:
         out = work / f"{recipe}-{data}-{seconds:g}s-{s}"
-        cleared(out, settings(recipe, data, current_scale(), seconds, None, s, "auto"))
+        wanted = settings(recipe, data, current_scale(), seconds, None, s, "auto")
+        cleared(out, wanted)
         row = kept_row(out, n)
         if row is None:
-            begun = [p for p in (out, *work.glob(f"{out.name}-*")) if (p / "config.json").exists()]
-            train_run(recipe, data, seconds=seconds, seed=s, out=out, resume=bool(begun))
+            train_run(recipe, data, seconds=seconds, seed=s, out=out, resume=begun(out, wanted))
             row = eval_run(out, n=n)
         rows.append(row)
     main = dict(

@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 
 from t2i_course.core.config import set_fields, to_json
-from t2i_course.core.files import CourseError, say
+from t2i_course.core.files import CourseError, make_folder, say, write_json
+from t2i_course.core.prepare import read_json
 from t2i_course.core.runfiles import model_hash, place_of, read_config, seen_from, whole, write_config
 from t2i_course.core.sources import is_path
 from t2i_course.run.data import open_data
+
+PLAN = "plan.json"  # in the folder of a run that waits for those it needs
+PLANNED = ("recipe", "data", "scale", "seconds", "images", "seed", "precision", "size")
 
 
 def same_run(
@@ -38,6 +42,44 @@ def same_run(
         write_config(out, config)
         say(f"{out / 'config.json'}: new place of {what} written down")
     return config
+
+
+def keep_plan(
+    out: Path,  # a run folder without a run
+    config,  # settings of the run that is to come
+    given: dict,  # option -> value
+):
+    "What was asked for, while the runs that it needs are trained: enough to go on by --resume --out alone"
+    write_json(make_folder(out) / PLAN, {k: config[k] for k in PLANNED} | asked(given))
+
+
+def asked(
+    given: dict,  # option -> value
+) -> dict:
+    "What has no place of its own in the settings, as a file has it"
+    use = {role: whole(run) for role, run in (given["use"] or {}).items()}
+    own = dict(use=use, items=given["items"] or (), changes=given["changes"] or {})
+    return json.loads(json.dumps(own))
+
+
+def planned(
+    out: Path,  # a run folder
+    given: dict,  # option -> value, None where it was not given
+) -> dict:  # the same, with what was given when the run was asked for
+    "What is given once more has to be what it was; the pictures may have moved"
+    if not (out / PLAN).exists():
+        return given
+    plan, now = read_json(out / PLAN, "delete it and repeat the first command"), given | asked(given)
+    for name, own in list(plan.items()):
+        value = now[name]
+        if value in (None, own, [], {}) or (name, value) == ("precision", "auto"):
+            continue
+        if name == "data" and is_path(value) and is_path(own):
+            plan["data"] = value
+        else:
+            option = dict(items="set", changes="set").get(name, name)
+            refuse(out, option, f"--{option} {own}" if own else f"no --{option}")
+    return given | plan
 
 
 def refuse(out: Path, name: str, old: str):

@@ -53,22 +53,33 @@ def with_use(
     return {k: v for k, v in given.items() if k not in idle}
 
 
+def known(
+    options,  # names, as they were typed
+    own,  # name -> what is known of it
+):
+    "Options that neither the run nor any recipe has are refused"
+    for name in options:
+        if name not in own and name not in options_of_all():
+            have = ", ".join(map(option_of, own))
+            raise CourseError(
+                f"there is no option {option_of(name)}; there are {have}; see t2i sample --help"
+            )
+
+
 def as_numbers(
     options: dict,  # name -> what was typed, None where it was not given
-    known: dict,  # name -> (lowest, highest, whole number?, help)
+    own: dict,  # name -> (lowest, highest, whole number?, help), of the run's model
 ) -> dict:
-    "What is typed behind an option is a number"
+    "What is typed behind an option is a number, and a whole one where the option counts"
+    known(options, own)
     out = {}
     for name, text in options.items():
+        whole = (own[name] if name in own else options_of_all()[name])[2]
         try:
-            out[name] = (int if known.get(name, options_of_all()[name])[2] else float)(text)
+            out[name] = (int if whole else float)(text)
         except ValueError as e:
-            raise CourseError(f"{option_of(name)} wants a number; got '{text}'") from e
-        except KeyError as e:
-            have = ", ".join(map(option_of, known))
-            raise CourseError(
-                f"there is no option {option_of(name)}; this run has {have}; see t2i sample --help"
-            ) from e
+            kind = "whole number" if whole else "number"
+            raise CourseError(f"{option_of(name)} wants a {kind}; got '{text}'") from e
     return out
 
 
@@ -131,10 +142,12 @@ def draw_file(
     captions=None,  # or a file of them
     per_caption=1,  # pictures of each
     seed=0,  # of the noise
-    **options,  # of the recipe; None where one was not given
+    options=None,  # name -> what was typed, of the model's own options
 ):
     "Draw captions with a run, into a labelled sheet or a file of arrays"
+    options = options or {}
     if (prompts is None) == (captions is None):
+        known(options, options_of_all())  # a misspelt --prompt is called by its name
         raise CourseError("say what to draw: either --prompt TEXT ... or --captions FILE")
     ext = Path(out).suffix.lower()
     if ext not in (".png", ".npz"):

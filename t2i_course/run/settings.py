@@ -9,14 +9,14 @@ import torch
 
 from t2i_course.core.config import set_fields
 from t2i_course.core.data import scale as current_scale
-from t2i_course.core.files import CourseError, make_folder, say
+from t2i_course.core.files import CourseError, between, make_folder, say
 from t2i_course.core.guards import one_writer, undisturbed
 from t2i_course.core.register import recipe as module_of
 from t2i_course.core.runfiles import model_hash, seen_from, whole, write_config
 from t2i_course.core.sources import is_path
 from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.run.data import are_latents, open_data, say_size
-from t2i_course.run.same import same_run
+from t2i_course.run.same import PLAN, same_run
 from t2i_course.run.stamp import hardware, versions
 
 # the clock when neither --images nor --seconds is given
@@ -45,6 +45,11 @@ def settings(
     mod, use = module_of(recipe), use or {}
     check_roles(recipe, mod, data, use)
     ds = ds or open_data(data, size, use.get("codec"))
+    if len(ds.shape) != 3:
+        raise CourseError(
+            f"the shards in {data} hold the codes of {use['codec']}, whole numbers: prepare latents with the "
+            "codec of t2i train vae, or take a recipe that has its own codes, on the data set itself"
+        )
     if images is None and seconds is None:
         images = IMAGES[scale]
     if precision == "auto":
@@ -108,7 +113,13 @@ def needs(
 ) -> list:  # Needs that no finished run fills yet
     "What a run stands on and was not given"
     wanted = getattr(module_of(config.recipe), "uses_for", lambda config: {})(config)
-    return [Need(role, *what) for role, what in wanted.items() if role not in config.uses]
+    found = [Need(role, *what) for role, what in wanted.items() if role not in config.uses]
+    for need in found:
+        between(need.share, 0.01, 0.99, f"the share of the clock that the {need.role} takes (--set share)")
+    if sum(need.share for need in found) > 0.99:
+        names = ", ".join(need.role for need in found)
+        raise CourseError(f"the shares of {names} leave nothing of the clock to {config.recipe}: lower them")
+    return found
 
 
 def part_of(
@@ -169,6 +180,7 @@ def run_folder(
             config, ds = same_run(out, given), None
         else:
             write_config(out, config)
+            (out / PLAN).unlink(missing_ok=True)
         yield config, ds
 
 
@@ -195,6 +207,8 @@ def draft(
 
 
 def say_needs(out: Path, need: Need, config):
+    if (out / "model.safetensors").exists():
+        return say(f"{config.recipe} stands on a {need.role}: {out} is there already")
     part = part_of(config, need.share)
     much = f"{part['images']:,} images" if part["images"] else f"{part['seconds']:.0f} seconds"
     say(f"{config.recipe} stands on a {need.role}: {need.recipe} is trained first, {much}, into {out}")

@@ -5,6 +5,7 @@ import os
 import platform
 import shlex
 import sys
+from contextlib import contextmanager
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -43,6 +44,18 @@ def hardware() -> str:
 
 
 _typed = []  # the command line that `main` is at work on
+
+
+@contextmanager
+def typing(
+    argv,  # what stands behind `t2i`
+):  # the same as texts
+    "Inside, this is the command line that is at work"
+    _typed.append([str(v) for v in argv])
+    try:
+        yield _typed[-1]
+    finally:
+        _typed.pop()
 
 
 def command(

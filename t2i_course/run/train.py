@@ -1,14 +1,17 @@
 """Training as a command: a new run or one that goes on, alone or shared among processes."""
 
 import os
+import shlex
 from pathlib import Path
 
 from t2i_course.core.files import CourseError, between, say
-from t2i_course.core.guards import same_threads
+from t2i_course.core.guards import Stopped, same_threads
 from t2i_course.core.runfiles import read_config
 from t2i_course.core.sources import is_path
 from t2i_course.core.training import ALONE
+from t2i_course.run.data import are_latents
 from t2i_course.run.fit import How, fit_run
+from t2i_course.run.same import PLAN, keep_plan, planned
 from t2i_course.run.settings import draft, given_for, holds_run, needs, run_folder, say_needs
 
 
@@ -37,10 +40,24 @@ def train_run(
     given = dict(recipe=recipe, data=data, scale=scale, seconds=seconds, images=images, seed=seed)
     given |= dict(precision=precision, changes=changes, items=items, use=use, size=size)
     out = Path(out or default_run(recipe, data, seed))
-    ranks = sharers(shard, out)
-    train_all(out, resume, given, How(**how, shard=shard), ranks)
+    ranks = sharers(shard)
+    try:
+        train_all(out, resume, given, How(**how, shard=shard), ranks)
+    except Stopped as e:  # perhaps in a run that this one needs: the command is about this one
+        raise Stopped(f"{e}: {again(out, shard)}") from e
     ranks.close()
     return out
+
+
+def again(
+    out: Path,  # run folder
+    shard=None,  # ddp or fsdp
+) -> str:
+    "The command that goes on with a run"
+    if shard is None:
+        return shlex.join(["t2i", "train", "--resume", "--out", str(out)])
+    module = f"-m t2i_course train --resume --out {shlex.quote(str(out))} --shard {shard}"
+    return f"torchrun --nproc-per-node {os.environ.get('WORLD_SIZE', 2)} {module}"
 
 
 def train_all(
@@ -49,20 +66,25 @@ def train_all(
     given: dict,  # option -> value, None where it was not given
     how,  # a How
     ranks,  # the processes that share the work
+    ds=None,  # the pictures, if they are open already
 ):
     "The runs that are needed and were not given, one after the other, then the run itself"
     given, shares = dict(given), {}
-    plan, config, ds = [], None, None
+    plan, config = [], None
     if not ranks.rank and not holds_run(out):
         if resume:
-            say(f"{out} holds no run yet: starting from the beginning")
-        config, ds = draft(out, given)
+            if not (out / PLAN).exists():
+                say(f"{out} holds no run yet: starting from the beginning")
+            given = planned(out, given)
+        config, ds = draft(out, given, ds)
         for need in needs(config):
             plan.append((*need, given_for(need, config, given)))
             say_needs(needed_run(out, need.role), need, config)
+        if plan and (resume or not any(holds_run(needed_run(out, role)) for role, *_ in plan)):
+            keep_plan(out, config, given)
     for role, *_, share, own in ranks.tell(plan):
         folder = needed_run(out, role)
-        train_all(folder, resume, own, how, ranks)
+        train_all(folder, resume, own, how, ranks, None if are_latents(own["data"] or "") else ds)
         given["use"] = (given["use"] or {}) | {role: str(folder)}
         shares[role] = share
     if shares:  # now it is known what the run stands on
@@ -77,6 +99,10 @@ def needed_run(out: Path, role: str) -> Path:
 
 def train_one(out: Path, resume: bool, given: dict, how, ranks, config=None, ds=None):
     "One run; process 0 writes its config, or stops with a sentence, before the others read it"
+    if ranks is ALONE and any(out.glob("checkpoint-*")):
+        from t2i_course.scale.fsdp import One
+
+        ranks = One()  # several processes have begun this run
     if ranks.rank:
         ranks.wait()
         return fit_run(out, read_config(out), how, ranks)
@@ -95,8 +121,7 @@ def default_run(recipe, data, seed) -> str:
 
 def sharers(
     shard=None,  # ddp, fsdp or None
-    out=None,  # run folder
-):  # a scale.fsdp.Ranks, or One, or Alone
+):  # a scale.fsdp.Ranks, or Alone
     "The processes that torchrun has started, or this one alone"
     n = int(os.environ.get("WORLD_SIZE", 1))
     if shard is None:
@@ -105,11 +130,7 @@ def sharers(
                 f"torchrun has started {n} processes: say how they share the work, --shard ddp or --shard "
                 f"fsdp"
             )
-        if not any(Path(out).glob("checkpoint-*")):
-            return ALONE
-        from t2i_course.scale.fsdp import One
-
-        return One()  # several processes have begun the run
+        return ALONE
     if "RANK" not in os.environ:
         raise CourseError(
             f"--shard {shard} needs processes: torchrun --nproc-per-node 2 -m t2i_course train ... "
