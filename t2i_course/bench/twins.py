@@ -82,7 +82,7 @@ def equal_size(
 
 
 def roofline(
-    config: dict,  # of flow matching, as from `recipe`
+    config,  # of flow matching, as from `recipe_for`
     data,  # digits
     rounds: int = 30,
 ) -> dict:  # GFLOP/s of the whole step and its share of the peak

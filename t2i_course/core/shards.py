@@ -222,6 +222,9 @@ class Whole(Wrapped):
         super().__init__(shards.origin())
         self.shards, self.source, self.fingerprint = shards, shards.source, shards.fingerprint
 
+    def still(self):  # the origin's: "unmoved" is said of its pictures, not of those in the shards
+        return self.data.still()
+
     def batch(self, split, draws):
         trained = split == "train" and split in self.shards.splits and not self.shards.made_by
         return (self.shards if trained else self.data).batch(split, draws)

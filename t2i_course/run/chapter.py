@@ -36,7 +36,7 @@ def at_scale(
 
 def run_chapter(
     chapter,  # 'flow_matching', or '01_flow_matching' as its notebook is called
-    seeds=(0, 1),  # of the runs
+    seeds=(0, 1, 2),  # of the runs
     seconds=None,  # training time of a row; default 60
     out=None,  # file to write; default results/CHAPTER.json
 ):

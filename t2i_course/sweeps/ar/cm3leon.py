@@ -56,7 +56,7 @@ SWEEP = dict(
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1),  # of weights, order and drawings
+    seeds=(0, 1, 2),  # of weights, order and drawings
 ):  # yields (key, make), and make() gives the value
     "Retrieved examples, guidance, and what several tasks cost, all on the codes of one codec"
     s, data = SWEEP[scale], load("painted")

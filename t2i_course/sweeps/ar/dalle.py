@@ -122,7 +122,7 @@ def fit_arm(
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1),  # of weights, data and drawings
+    seeds=(0, 1, 2),  # of weights, data and drawings
 ):  # yields ('key.path', make), and make() gives the value
     "The model with its palette and without; how it is asked; masks, loss weights and counts on its codes"
     s, data, judge = SWEEP[scale], load("painted"), load_judge("painted")

@@ -42,7 +42,7 @@ def fit_prior(
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1),  # of weights, order and drawings
+    seeds=(0, 1, 2),  # of weights, order and drawings
 ):  # yields (key, make), and make() gives the value
     "Encoder-decoder against one stream at equal parameters, and four sizes, all on the codes of one codec"
     s, data = SWEEP[scale], load("painted")

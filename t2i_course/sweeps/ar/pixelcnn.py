@@ -76,7 +76,7 @@ ARMS = dict(plain=dict(kind=Plain), gated=dict(attention=False), pixelcnn=dict()
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1),  # of weights, data and drawings
+    seeds=(0, 1, 2),  # of weights, data and drawings
 ):  # yields ('key.path', make), and make() gives the value
     "Bits a code with and without blind spot, gates, attention, the right caption; ways to draw; what stays"
     s, data, painted = SWEEP[scale], load("digits"), load("painted")

@@ -38,7 +38,7 @@ def diffusion_arm(
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1),  # of weights, data and noise
+    seeds=(0, 1, 2),  # of weights, data and noise
 ):  # yields ('key.path', make), and make() gives the value
     "Modes of stacked digits, and five settings: what `t2i run adversarial` measures for two GANs"
     s, judge, precision = SWEEP[scale], load_judge("digits"), "bf16" if has_bf16(pick_device()) else "fp32"

@@ -37,7 +37,7 @@ SWEEP = dict(
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1),  # of weights and noise
+    seeds=(0, 1, 2),  # of weights and noise
 ):  # yields (key, make), and make() gives the value
     "On digits temperature, KL weight, quantiser and network; on painted digits a row of each kind"
     s, digits, painted = SWEEP[scale], load("digits"), load("painted")

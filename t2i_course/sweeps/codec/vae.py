@@ -66,7 +66,7 @@ def examine(
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1),  # of weights, data and noise
+    seeds=(0, 1, 2),  # of weights, data and noise
 ):  # yields ('key.path', make), and make() gives the value
     "Each loss taken away in turn, on painted digits; read by the judge and by a reader that took no part"
     s, data, judge = SWEEP[scale], load("painted"), load_judge("painted")

@@ -40,7 +40,7 @@ BOOK_SIZES = (64, 512)
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1),  # of weights, data and restarts
+    seeds=(0, 1, 2),  # of weights, data and restarts
 ):  # yields ('key.path', make), and make() gives the value
     "Grids and codebooks on painted digits; on digits beta, ways to learn the codebook, straight-through"
     s, painted, digits = SWEEP[scale], load("painted"), load("digits")

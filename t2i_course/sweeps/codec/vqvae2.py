@@ -37,7 +37,7 @@ def arms() -> dict:  # name -> config -> codec
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1),  # of weights and data
+    seeds=(0, 1, 2),  # of weights and data
 ):  # yields ('key.path', make), and make() gives the value
     "Two levels, two levels with the fine codes hidden now and then, and one level with equal bits"
     s, data = SWEEP[scale], load("painted")

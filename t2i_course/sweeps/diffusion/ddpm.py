@@ -42,7 +42,7 @@ def weighted_by_bound(
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1),  # a run each
+    seeds=(0, 1, 2),  # a run each
 ):  # yields (key, make), and make() gives the value
     "Every target and weighting; the first of them drawn with both variances"
     data = load("digits")

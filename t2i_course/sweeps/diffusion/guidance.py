@@ -184,7 +184,7 @@ def on_painted(
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1),  # of weights, data and start noise
+    seeds=(0, 1, 2),  # of weights, data and start noise
 ):  # yields ('key.path', make), and make() gives the value
     "Guidance with and without a classifier, dropout rates, nulls, spans, saturation and its remedies"
     s = SWEEP[scale]

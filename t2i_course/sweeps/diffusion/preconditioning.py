@@ -109,7 +109,7 @@ def held_out_pairs(
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1),  # of weights, data and start noise
+    seeds=(0, 1, 2),  # of weights, data and start noise
 ):  # yields ('key.path', make), and make() gives the value
     "EDM against DDPM, Heun against Euler, wrong sigma_data, the ladder of skips; held-out pairs"
     s, data = SWEEP[scale], load("digits")

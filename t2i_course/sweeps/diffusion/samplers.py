@@ -145,7 +145,7 @@ def inversions(
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1),  # of weights, data and start noise
+    seeds=(0, 1, 2),  # of weights, data and start noise
 ):  # yields ('key.path', make), and make() gives the value
     "Samplers against calls of the network, eta, spacing, inversion, learned variance"
     s, data = SWEEP[scale], load("digits")

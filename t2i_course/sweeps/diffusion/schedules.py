@@ -57,7 +57,7 @@ def short(
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1),  # of weights, data and start noise
+    seeds=(0, 1, 2),  # of weights, data and start noise
 ):  # yields ('key.path', make), and make() gives the value
     "The same network on each schedule; linear and cosine without first steps, and on each other's"
     s, processes = SWEEP[scale], schedules()

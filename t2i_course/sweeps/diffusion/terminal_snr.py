@@ -80,7 +80,7 @@ def walks(
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1),  # of weights, data and start noise
+    seeds=(0, 1, 2),  # of weights, data and start noise
 ):  # yields ('key.path', make), and make() gives the value
     "Every arm of `arms`, drawn from in every way of `walks`"
     s, data, judge = SWEEP[scale], Papers(), load_judge("painted")

@@ -62,7 +62,7 @@ def arms(
 
 
 def make_arm(
-    config: dict,  # as from `recipe`
+    config,  # as from `recipe_for`
     tables: dict,  # of a fitted skip, shared by all arms
     seed: int = 0,  # of the weights
     skip: bool = True,  # start from the closed form
@@ -146,7 +146,7 @@ def controls(
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1),  # of weights, data and start noise
+    seeds=(0, 1, 2),  # of weights, data and start noise
 ):  # yields ('key.path', make), and make() gives the value
     "Paths at few steps, densities of t, what skip, frame and guidance interval are worth"
     s, data = SWEEP[scale], Painted()

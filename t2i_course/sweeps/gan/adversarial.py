@@ -173,7 +173,7 @@ def _settings(s: dict, data, judge, scale: str, seed: int, precision: str):
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1),  # of weights, data and noise
+    seeds=(0, 1, 2),  # of weights, data and noise
 ):  # yields ('key.path', make), and make() gives the value
     "Gradients, rings, penalties, modes and settings, on points and on digits"
     s, data = SWEEP[scale], load("digits")

@@ -64,7 +64,7 @@ def watched(
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1),  # of weights, data and noise
+    seeds=(0, 1, 2),  # of weights, data and noise
 ):  # yields ('key.path', make), and make() gives the value
     "Norms against concatenation, angles of filters, truncation, and the size of the batch"
     s, data, judge = SWEEP[scale], load("digits"), load_judge("digits")

@@ -66,7 +66,7 @@ SWEEP = dict(
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1),  # of weights, data and noise
+    seeds=(0, 1, 2),  # of weights, data and noise
 ):  # yields ('key.path', make), and make() gives the value
     "Path length regularisation, truncation, growing, style mixing"
     s, data, judge = SWEEP[scale], load("digits"), load_judge("digits")

@@ -26,7 +26,7 @@ SWEEP = dict(
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1),  # of weights, data and z
+    seeds=(0, 1, 2),  # of weights, data and z
 ):  # yields ('key.path', make), and make() gives the value
     "Word attention, matching loss, seeking; two stages against one; two digits; obedience by demands"
     s, precision = SWEEP[scale], best_precision()

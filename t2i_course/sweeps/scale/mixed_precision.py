@@ -30,7 +30,7 @@ SWEEP = dict(
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1),  # of weights, data and start noise
+    seeds=(0, 1, 2),  # of weights, data and start noise
 ):  # yields ('key.path', make), and make() gives the value
     "fp32, bf16 and fp16 on painted digits; weights kept in bf16; warm-up and divergence"
     s, data, digits = SWEEP[scale], load("painted"), load("digits")

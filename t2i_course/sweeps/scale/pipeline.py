@@ -70,7 +70,7 @@ def fit(
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1),  # of text encoder, U-Net, order and noise; the autoencoder is shared
+    seeds=(0, 1, 2),  # of text encoder, U-Net, order and noise; the autoencoder is shared
 ):  # yields ('key.path', make), and make() gives the value
     "The pipeline's rows, with what its autoencoder alone would get; no painted digits at demo scale"
     sweep = SWEEP[scale]

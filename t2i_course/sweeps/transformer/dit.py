@@ -84,7 +84,7 @@ def build_unet(
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1),  # of weights, data and start noise
+    seeds=(0, 1, 2),  # of weights, data and start noise
 ):  # yields ('key.path', make), and make() gives the value
     "Sizes and patches, four ways of conditioning on digits; DiT and U-Net on painted digits"
     s, data, painted = SWEEP[scale], load("digits"), load("painted")
