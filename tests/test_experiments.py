@@ -254,6 +254,12 @@ def test_a_loss_of_its_own(digits):
     assert half.about["loss"] == pytest.approx(.5 * train(digits).about["loss"], rel=.05)
 
 
+def test_a_clock_in_seconds_says_how_many_images_it_was(digits):
+    def build(config): return WordTokenizer(digits.words, digits.size), Denoising(digits.shape, config["width"])
+    images = fit(build, CONFIG, digits, seconds=.2).about["images"]
+    assert images > 0 and images % CONFIG["batch"] == 0
+
+
 def test_a_row_says_what_was_measured_and_what_training_took(digits):
     arm = train(digits)
     assert isinstance(arm, Arm) and arm.about["params"] == 2 * 256 * 16 + 16 + 256 and arm.about["images"] == 160

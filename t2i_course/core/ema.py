@@ -107,6 +107,7 @@ def train_arm(
     precision:str='fp32',
     loss=None,        # loss(x0, cond, draws) -> (b) or Turns, when it is not model.loss
     seconds:float=None, # training time, in place of images
+    about:dict=None,  # is told the images seen: a clock in seconds does not say them beforehand
 )->float:             # mean loss of the last tenth
     "Train one arm of a comparison"
     model.net.to(pick_device()); model.to(pick_device())
@@ -115,5 +116,6 @@ def train_arm(
                     seed=seed, clip=config.get('clip', 1.))
     losses = [r.loss for r in records]
     state.ema.give(model.net)
+    if about is not None: about.update(images=state.images)
     tail = losses[-max(1, len(losses)//10):]
     return sum(tail)/len(tail)

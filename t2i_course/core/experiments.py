@@ -172,9 +172,9 @@ def fit(
     tok,model = build(config)
     if change: change(model)
     start,cpu = time.perf_counter(),time.process_time()
-    last = train_arm(model, tok, data, config, images, seed, precision, loss and loss(model), seconds)
-    about = dict(params=parameters(model.net), images=images, loss=last,
-                 train_seconds=time.perf_counter()-start, cpu_seconds=time.process_time()-cpu)
+    about = dict(params=parameters(model.net))
+    last = train_arm(model, tok, data, config, images, seed, precision, loss and loss(model), seconds, about)
+    about |= dict(loss=last, train_seconds=time.perf_counter()-start, cpu_seconds=time.process_time()-cpu)
     return Arm(config, tok, model, about)
 
 # %% ../../nbs/01_core/07_experiments.ipynb #79b638e8
