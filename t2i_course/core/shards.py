@@ -222,7 +222,8 @@ class Whole(Wrapped):
         super().__init__(shards.origin())
         self.shards, self.source, self.fingerprint = shards, shards.source, shards.fingerprint
 
-    def still(self):  # the origin's: "unmoved" is said of its pictures, not of those in the shards
+    def still(self):
+        "Without the movements of training: the pictures themselves, which the shards do not hold"
         return self.data.still()
 
     def batch(self, split, draws):
