@@ -189,6 +189,20 @@ def test_ruff_formats_what_is_written_by_hand():
     ruff("check", "--select", "E501,E701,E702,E703", "--config", "lint.pycodestyle.max-line-length=110", *by_hand)
 
 
+def wide(path):
+    "Lines over 110 of a generated module; its first line and `__all__` and the `# %%` are not written by us."
+    text = path.read_text(encoding="utf-8")
+    nodes = [node for node in ast.parse(text).body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"]
+    skipped = {1, *(n for node in nodes for n in range(node.lineno, node.end_lineno + 1))}
+    lines = enumerate(text.split("\n"), start=1)
+    return [f"{path.name}:{n}" for n, line in lines if len(line) > 110 and n not in skipped and not line.startswith("# %%")]
+
+
+def test_no_code_that_is_exported_is_wider_than_110():
+    "A reader has no room for more: put the comment on a line of its own, or wrap."
+    assert not [line for path in modules() if generated(path) for line in wide(path)]
+
+
 def test_ruff_resolves_every_name_in_the_notebooks():
     "Read from top to bottom, a notebook uses only names it has defined."
     ruff("check", "--select", "F821,F822,F823,F403,F405", "nbs")

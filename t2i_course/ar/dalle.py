@@ -521,7 +521,7 @@ class DallE(OnCodes):
         return {} if counts is None else {f'counts.{k}':getattr(counts, k) for k in counts.tables}
     @extra.setter
     def extra(self, tensors):
-        if self.prior.net.counts is None: super(DallE, type(self)).extra.fset(self, tensors) # no place for any
+        if self.prior.net.counts is None: super(DallE, type(self)).extra.fset(self, tensors) # no place
         for k,v in self.extra.items(): v.copy_(tensors[k])
     def paint(self, cond, draws, config): # (b) captions -> (b c h w)
         "Several candidates a caption, of which the scorer keeps the one that fits best"

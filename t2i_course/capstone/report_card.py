@@ -25,22 +25,22 @@ def training_memory(
 )->dict:        # bytes: weights, gradients, optimizer, average, activations, total
     "What one training step holds at once; of several turns the largest counts"
     net,b = model.net,data.batch('train', Draws(0, torch.arange(batch)))
-    turns,dev = [Turn('loss', model.loss)] if callable(model.loss) else model.loss,next(net.parameters()).device
+    turns,dev = ([Turn('loss', model.loss)] if callable(model.loss) else model.loss,
+                 next(net.parameters()).device)
     x,cond,draws,most = b.x.to(dev),tok(b.captions).to(dev),Draws(0, torch.arange(batch), dev),(0, 0)
     params = lambda m: sum(p.numel()*p.element_size() for p in m.parameters())
-    state,was = {k:v.clone() for k,v in net.state_dict().items()},{p:p.requires_grad for p in net.parameters()}
-    net.train().requires_grad_(True) if not any(was.values()) else net.train() # of a finished run nothing learns
+    state,was = ({k:v.clone() for k,v in net.state_dict().items()},
+                 {p:p.requires_grad for p in net.parameters()})
+    net.train().requires_grad_(True) if not any(was.values()) else net.train() # of a finished run none learns
     for t in turns:
         if t.part: net.requires_grad_(False); net.get_submodule(t.part).requires_grad_(True)
         with torch.autocast(dev.type, torch.bfloat16, enabled=precision=='bf16'):
             held = kept(net, lambda t=t: t.loss(x, cond, draws)).whole
         most = max(most, (held+params(net.get_submodule(t.part)), held))
-    for p,learns in was.items(): p.requires_grad_(learns)
-    net.load_state_dict(state) # a loss may write into buffers (a codebook, a running mean)
-    used = [*net.state_dict().values(), *model.artist.state_dict().values()] # a finished codec stays in memory, too
-    out = dict(weights=tensor_bytes(used), gradients=most[0]-most[1], optimizer=2*params(net), average=tensor_bytes(state.values()),
-               activations=most[1])
-    return out|dict(total=sum(out.values()))
+    for p,learns in was.items(): p.requires_grad_(learns) # a loss may write into buffers, too
+    net.load_state_dict(state); used = [*net.state_dict().values(), *model.artist.state_dict().values()]
+    out = dict(weights=tensor_bytes(used), gradients=most[0]-most[1], optimizer=2*params(net), # with codec
+        average=tensor_bytes(state.values()), activations=most[1]); return out|dict(total=sum(out.values()))
 
 # %% ../../nbs/13_capstone/01_report_card.ipynb #4e05f8d4
 def variety(
@@ -60,7 +60,7 @@ def variety(
 MEASURES = dict( # name -> how it is read from a measured row
     obeys=lambda r: r['obedience']['all'], digit=lambda r: r['obedience']['digit'],
     heldout=lambda r: r['heldout']['all'],
-    matched=lambda r: r['heldout'].get('seen_matched', {}).get('all', math.nan), # rows before it was measured: unknown
+    matched=lambda r: r['heldout'].get('seen_matched', {}).get('all', math.nan), # older rows: unknown
     floors=lambda r: r['fd']/r['fd_floor'], precision=lambda r: r['precision'], recall=lambda r: r['recall'],
     variety=lambda r: r['variety'],
     nearest=lambda r: r['nearest'], images=lambda r: r['images'], params=lambda r: r['params'],
@@ -80,8 +80,8 @@ def entries(
     return sorted(out, key=lambda e: -e['obeys'][0])
 
 # %% ../../nbs/13_capstone/01_report_card.ipynb #d31c0a9c
-HEAD = ('paradigm', 'recipe', 'obeys', 'held-out', 'matched', 'floors', 'precision', 'recall', 'variety', 'copies',
-        'parameters', 'images', 'memory', 'calls', 'M mult-adds', 's per 1,000')
+HEAD = ('paradigm', 'recipe', 'obeys', 'held-out', 'matched', 'floors', 'precision', 'recall', 'variety',
+        'copies', 'parameters', 'images', 'memory', 'calls', 'M mult-adds', 's per 1,000')
 
 def lines(
     rows:list, # as from `entries`
@@ -89,8 +89,8 @@ def lines(
     "The report card in words; the range of the seeds in brackets"
     def pc(v): return '-' if math.isnan(v[0]) else f'{100*v[0]:.1f}% ({100*v[1]:.1f})'
     def num(v): return f'{v[0]:.2f} ({v[1]:.2f})'
-    return [(e['name'], e['recipe'], pc(e['obeys']), pc(e['heldout']), pc(e['matched']), num(e['floors']), num(e['precision']),
-             num(e['recall']), num(e['variety']), f"{100*e['nearest'][0]:.1f}%",
+    return [(e['name'], e['recipe'], pc(e['obeys']), pc(e['heldout']), pc(e['matched']), num(e['floors']),
+             num(e['precision']), num(e['recall']), num(e['variety']), f"{100*e['nearest'][0]:.1f}%",
              f"{e['params'][0]/1e6:.2f} M",
              f"{e['images'][0]:,.0f}", f"{e['memory']/2**20:.0f} MB",
              f"{e['calls'][0]:.0f}", f"{e['multiply_adds']:,.0f}", f"{e['drawing'][0]:.1f}") for e in rows]

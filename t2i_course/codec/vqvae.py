@@ -291,7 +291,7 @@ class Palette(nn.Module):
     def grid(self, shape)->tuple: # rows and columns of codes
         h,w = self.shapes.grid(shape)
         return h+1,w
-    def paint(self, m, colours): # (b c h w), (b dim 1 columns) -> picture (b c h w), centre and axes (b c + c c)
+    def paint(self, m, colours): # (b c h w), (b dim 1 columns) -> (b c h w), centre and axes (b c + c c)
         said,c = self.spread(colours.flatten(1)).float(),m.shape[1]
         axes = said[:,c:].unflatten(1, (c,c))
         return said[:,:c,None,None]+torch.einsum('bij,bjhw->bihw', axes, m.float()),said
@@ -300,7 +300,7 @@ class Palette(nn.Module):
         numbers = torch.cat([centre, axes.flatten(1)], 1)
         z = self.squeeze(numbers).view(len(x), self.columns, 1, -1).permute(0,3,2,1)
         return m,numbers,self.colours(z, draws)
-    def forward(self, x, draws=None): # pictures (b c h w), draws of a training step -> reconstruction, Repainted
+    def forward(self, x, draws=None): # pictures (b c h w), draws of training -> reconstruction, Repainted
         m,numbers,colours = self.look(x, draws)
         m_hat,shapes = self.shapes(m, draws)
         y,said = self.paint(m_hat, colours.z_q)

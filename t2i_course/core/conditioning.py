@@ -43,10 +43,9 @@ class Cond:
     def map(self, f)->'Cond': return Cond(*(f(getattr(self, k.name)) for k in fields(self)))
     def to(self, device)->'Cond': return self.map(lambda v: v.to(device))
     def __getitem__(self, i)->'Cond': return self.map(lambda v: v[i])
-    def expand(self, b:int)->'Cond': return self.map(lambda v: v.expand(b, *v.shape[1:])) # (1) -> (b) times the same
+    def expand(self, b:int)->'Cond': return self.map(lambda v: v.expand(b, *v.shape[1:])) # (1) -> (b)
     def encoded(self, seq:Tensor, pooled:Tensor)->'Cond': # the same, with what an encoder says
         return Cond(seq, pooled, self.mask, self.ids, self.numbers, self.image)
-
     def drop(self,
         keep:Tensor,  # (b) bool, False where the condition is taken away
         null:'Cond',  # (1) the condition that says nothing
@@ -60,8 +59,8 @@ def raw_cond(
     mask:Tensor, # (b l) bool
 )->Cond:         # seq and pooled are empty until an encoder fills them
     "Tokens before any encoder has seen them"
-    return Cond(torch.zeros(*ids.shape, 0, device=ids.device), torch.zeros(len(ids), 0, device=ids.device), mask,
-                ids)
+    return Cond(torch.zeros(*ids.shape, 0, device=ids.device), torch.zeros(len(ids), 0, device=ids.device),
+                mask, ids)
 
 def cat(
     *conds:Cond, # conditions with fields of equal shape
@@ -100,7 +99,6 @@ class WordTokenizer:
         self.words,self.max_len = list(words),max_len
         self.index,self.known = {w:i+3 for i,w in enumerate(self.words)},{}
     def __len__(self): return len(self.words)+3
-
     def __call__(self,
         captions, # texts
     )->Cond:      # ids (b max_len), mask (b max_len); seq and pooled empty
@@ -123,11 +121,11 @@ class WordTokenizer:
         "What the model will not see of this caption"
         ws = split_words(caption)
         unseen = list(dict.fromkeys(w for w in ws if w not in self.index))
-        out = [f"'{caption}': the model never saw {', '.join(unseen)}; read as 'unknown word'"] if unseen else []
+        out = ([f"'{caption}': the model never saw {', '.join(unseen)}; read as 'unknown word'"]
+               if unseen else [])
         if len(ws)>=self.max_len:
             out.append(f"'{caption}': cut after '{ws[self.max_len-2]}' ({self.max_len-1} words at most)")
         return out
-
     def null(self)->Cond: # (1)
         "The empty caption: START alone"
         return self([''])
@@ -227,13 +225,15 @@ def drawn_from(
     tok,          # captions -> Cond
     device='cpu', # where the network is
     batch:int=100,# pictures at once
-):                # draw(captions, seed, each=None) -> (n c h w) on the CPU; each(k) hears of every k that are done
-    "Captions in, pictures out, batch by batch; the random numbers of a picture depend on the seed and its place alone"
+):                # draw(captions, seed, each=None) -> (n c h w) on the CPU; each(k) hears of k more done
+    ("Captions in, pictures out, batch by batch; "
+     "the random numbers of a picture depend on the seed and its place alone")
     @torch.no_grad()
     def draw(captions, seed=0, each=None):
         done = []
         for part in torch.arange(len(captions)).split(batch):
-            done.append(paint(tok([captions[i] for i in part]).to(device), Draws(seed, part, device)).float().cpu())
+            done.append(paint(tok([captions[i] for i in part]).to(device),
+                       Draws(seed, part, device)).float().cpu())
             if each: each(len(part))
         return torch.cat(done)
     return draw

@@ -56,7 +56,7 @@ class Draws:
         seed:int,     # seed of the run
         index:Tensor, # (b) int64, global index of each image
         device='cpu', # where the numbers are made
-        progress:float=0., # share of the run that is done, in training; the same on all processes, and after a resume
+        progress:float=0., # share of training that is done; the same on all processes, and after a resume
     ):
         self.seed,self.index,self.device,self.progress = seed,index,device,progress
     def __len__(self): return len(self.index)
@@ -150,7 +150,7 @@ def stroke_width(
 # %% ../../nbs/01_core/01_data.ipynb #68f0b0fe
 EDGE = 14. # steepness of the soft stroke edge
 
-STROKE = dict(thin=4.2, bold=7.4) # stroke width in pixels of the enlarged glyph (four of them are one of the 8x8)
+STROKE = dict(thin=4.2, bold=7.4) # stroke width in pixels of the enlarged glyph (four are one of the 8x8)
 
 def level(
     field:Tensor, # (n s s) smooth ink height
@@ -169,7 +169,8 @@ def level(
 def slant(
     field:Tensor, # (n s s) ink height
 )->Tensor:        # (n) shear: dx/dy of the ink's main axis, from second moments
-    "How far the writer's hand leans, as the slope of the regression of x on height (positive: the top is to the right)"
+    ("How far the writer's hand leans, as the slope of the regression of x on height "
+     "(positive: the top is to the right)")
     m = field.clamp_min(0)
     c = torch.arange(m.shape[-1])-(m.shape[-1]-1)/2
     n = m.sum((1,2))
@@ -185,7 +186,8 @@ def _drawn()->dict:
     f = enlarge(g)
     s = slant(f)
     mean = torch.stack([s[y==k].mean() for k in range(10)])
-    return dict(field=f, digit=y, slant=s-mean[y], level=torch.stack([level(f, STROKE[w]) for w in WEIGHTS], 1))
+    return dict(field=f, digit=y, slant=s-mean[y],
+                level=torch.stack([level(f, STROKE[w]) for w in WEIGHTS], 1))
 
 # %% ../../nbs/01_core/01_data.ipynb #50e17969
 def warp(
@@ -212,9 +214,9 @@ def draw_masks(
     shift:Tensor,  # (b 2) offset of the centre (x, y) in canvas pixels
     size:int=32,   # canvas size
 )->Tensor:         # (b h w) ink in [0,1]
-    "Real handwriting, straightened, then leaned, turned, scaled, moved and cut at the level of the stroke weight"
-    d = _drawn()
-    k = shear-d['slant'][glyph]
+    ("Real handwriting, straightened, then leaned, turned, scaled, moved and cut "
+     "at the level of the stroke weight")
+    d = _drawn(); k = shear-d['slant'][glyph]
     c,s = angle.cos(),angle.sin()
     # canvas = scale * R @ [[1,-k],[0,1]] @ field + shift; grid_sample wants the inverse
     inv = torch.stack([c-k*s, s+k*c, -s, c], 1).view(-1,2,2)/scale[:,None,None]
@@ -235,8 +237,8 @@ def paint(
     return p+mask[:,None]*(i-p)
 
 # %% ../../nbs/01_core/01_data.ipynb #e3350db5
-HELD_OUT = (('zero','blue'),('one','orange'),('two','purple'),('three','green'),('five','yellow'),('six','red'),
-            ('seven','purple'),('eight','green'))
+HELD_OUT = (('zero','blue'),('one','orange'),('two','purple'),('three','green'),('five','yellow'),
+            ('six','red'),('seven','purple'),('eight','green'))
 
 # %% ../../nbs/01_core/01_data.ipynb #81ee2931
 @lru_cache(1)
@@ -246,8 +248,8 @@ def _held()->Tensor: # (10 6) bool, True for the digit x ink pairs kept out of t
     return held
 
 # %% ../../nbs/01_core/01_data.ipynb #dcc70f40
-_UNSEEN = re.compile('VARIATION SELECTOR|GRAPHEME JOINER|HANGUL.* FILLER') # letters and marks by kind, but with no shape
-_ALONE = re.compile('(CJK|TANGUT).* IDEOGRAPH|IDEOGRAPHIC|(HALFWIDTH )?(HIRAGANA|KATAKANA|HENTAIGANA)') # one by one
+_UNSEEN = re.compile('VARIATION SELECTOR|GRAPHEME JOINER|HANGUL.* FILLER') # letters by kind, but no shape
+_ALONE = re.compile('(CJK|TANGUT).* IDEOGRAPH|IDEOGRAPHIC|(HALFWIDTH )?(HIRAGANA|KATAKANA|HENTAIGANA)')
 
 @lru_cache(10_000)
 def kind_of(
@@ -264,7 +266,7 @@ def split_words(
     caption:str, # any text
 )->list:         # its words in lower case; each sign is a word of its own
     "Letters and digits of any script hold together with their marks, everything else stands alone"
-    if caption.isascii(): return re.findall(r'[a-z0-9]+|[^\w\s]', caption.lower()) # the same, four times as fast
+    if caption.isascii(): return re.findall(r'[a-z0-9]+|[^\w\s]', caption.lower()) # the same, but faster
     text = unicodedata.normalize('NFC', ''.join(filter(kind_of, caption))).lower()
     return [text[slice(*m.span())] for m in re.finditer('l[lm]*|[om]m*', ''.join(map(kind_of, text)))]
 
@@ -293,7 +295,7 @@ def _pick(split:str, draws:Draws, side:str='')->tuple: # glyph, digit, ink: (b) 
     cut = w.cumsum(1)/w.sum(1, keepdim=True)
     return g,y[g],(draws.uniform('ink'+side)[:,None]>=cut).sum(1).clamp(max=len(INKS)-1)
 
-def _values(attributes:dict, attrs:dict, named:dict)->dict: # name -> b words, None where the caption is silent
+def _values(attributes:dict, attrs:dict, named:dict)->dict: # name -> b words, None where nothing is said
     return {k:[vs[i] if n else None for i,n in zip(attrs[k].tolist(), named[k].tolist())]
             for k,vs in attributes.items()}
 
@@ -306,10 +308,13 @@ def deal_inks(
 )->Tensor:        # (b) int64: the same inks in another order
     "Deal the inks of held-out pairs out anew, so that training shows every pair"
     held,ink = _held(),ink[draws.uniform('deal'+side).argsort()]
-    for i in held[digit,ink].nonzero()[:,0].tolist(): # it changes its ink with another picture, where both are then allowed
+    # it changes its ink with another picture, where both are then allowed
+    for i in held[digit,ink].nonzero()[:,0].tolist():
         if not held[digit[i],ink[i]]: continue # it was the other picture already
         free = (~held[digit[i],ink]&~held[digit,ink[i]]).nonzero()[:,0]
-        if not len(free): raise CourseError(f'the inks of {len(ink)} held-out pictures cannot be dealt out anew: take more of them')
+        if not len(free):
+            raise CourseError(f'the inks of {len(ink)} held-out pictures cannot be dealt out anew: '
+                              'take more of them')
         j = free[(free>i).int().argmax()].item() # the next one
         ink[i],ink[j] = ink[j].item(),ink[i].item()
     return ink
@@ -320,22 +325,23 @@ def an(caption:str)->str:
     return caption.replace('a orange', 'an orange').replace('a eight', 'an eight')
 
 class Painted:
-    "One real handwritten digit in a colour, on paper of a colour, thin or bold, leaning or not, with a caption"
+    ("One real handwritten digit in a colour, on paper of a colour, thin or bold, "
+     "leaning or not, with a caption")
     name,shape,fingerprint = 'painted',(3,32,32),'painted-1' # another number when the pictures change
     attributes = ATTRIBUTES
-    words = tuple('a an digit leaning on'.split())+tuple(NUMBERS)+tuple(INKS)+tuple(PAPERS)+WEIGHTS+('left','right')
+    words = (tuple('a an digit leaning on'.split())+tuple(NUMBERS)+tuple(INKS)+tuple(PAPERS)
+             +WEIGHTS+('left','right'))
     splits,group = ('train','test','heldout','judge'),1
     source = "scikit-learn digits, split 4:1 by glyph; 8 digit x ink pairs held out"
     size = n_tokens('a bold red seven leaning left on pink')
 
     def attrs(self, split, draws):
-        check_split(self, split)
-        g,digit,ink = _pick(split, draws)
+        check_split(self, split); g,digit,ink = _pick(split, draws)
         return g,dict(digit=digit, ink=ink, paper=draws.choice('paper',4), weight=draws.choice('weight',2),
                       lean=draws.choice('lean',3))
 
     def batch(self,
-        split:str,   # train, test (unseen glyphs), heldout (and unseen pairs), judge (training glyphs, all pairs)
+        split:str,   # train, test (unseen glyphs), heldout (and unseen pairs), judge (as train, all pairs)
         draws:Draws, # the random numbers of these images
     )->Batch:        # x (b 3 32 32)
         "Captioned images; a function of (split, seed, index) alone"
@@ -344,21 +350,20 @@ class Painted:
     def seen_matched(self,
         draws:Draws, # the random numbers of these images
     )->Batch:        # x (b 3 32 32)
-        "The held-out pictures of these draws in other inks: the same digits, inks and further words, in pairs that training shows"
+        ("The held-out pictures of these draws in other inks: the same digits, inks and further words, "
+         "in pairs that training shows")
         g,a = self.attrs('heldout', draws)
         return self._shown('heldout', draws, g, a|dict(ink=deal_inks(a['digit'], a['ink'], draws)))
 
     def _shown(self, split, draws, g, a):
-        j = draws.uniform('jitter', 5)*2-1
-        shear = (a['lean']-1)*.42+.05*j[:,0]
+        j = draws.uniform('jitter', 5)*2-1; shear = (a['lean']-1)*.42+.05*j[:,0]
         m = draw_masks(g, a['weight'], shear, math.radians(4)*j[:,1], .72*(1+.05*j[:,2]), j[:,3:5])
         named = self.mention(split, draws, a)
         return Batch(paint(m, a['ink'], a['paper']), self.captions(a, named), a, named)
 
     def mention(self, split, draws, a):
         "Half of the captions say everything; in the others each attribute is said with probability 0.6"
-        full = draws.uniform('full')<.5
-        said = draws.uniform('said', 5)<.6
+        full = draws.uniform('full')<.5; said = draws.uniform('said', 5)<.6
         named = {k:full|said[:,i] for i,k in enumerate(self.attributes)}
         named['lean'] = named['lean']&(a['lean']!=1) # upright is the unmarked case: never said
         if split=='heldout': named['digit'] = named['ink'] = torch.ones_like(full)
@@ -413,8 +418,8 @@ class PaintedTwo:
         for side,centre in (('left',-7.8), ('right',7.8)):
             g,a[f'digit_{side}'],a[f'ink_{side}'] = picked[side]
             j = draws.uniform('jitter'+side, 5)*2-1
-            m = draw_masks(g, draws.choice('weight'+side, 2), .05*j[:,0], math.radians(4)*j[:,1], .5*(1+.04*j[:,2]),
-                           .6*j[:,3:]+torch.tensor([centre,0.]))
+            m = draw_masks(g, draws.choice('weight'+side, 2), .05*j[:,0], math.radians(4)*j[:,1],
+                           .5*(1+.04*j[:,2]), .6*j[:,3:]+torch.tensor([centre,0.]))
             x = x+m[:,None]*(_colors(INKS)[a[f'ink_{side}']][:,:,None,None]-x)
         a['paper'] = paper
         full,said = draws.uniform('full')<.5,draws.uniform('said', 5)<.6
@@ -429,8 +434,8 @@ class PaintedTwo:
     )->list:              # b strings
         "a [ink] digit left of a [ink] digit [on paper], or the same from the right"
         v = _values(self.attributes, attrs, named)
-        one = {s:[an(' '.join(w for w in ('a', i, d or 'digit') if w)) for i,d in zip(v[f'ink_{s}'], v[f'digit_{s}'])]
-               for s in ('left','right')}
+        one = {s:[an(' '.join(w for w in ('a', i, d or 'digit') if w))
+               for i,d in zip(v[f'ink_{s}'], v[f'digit_{s}'])] for s in ('left','right')}
         swap = [0]*len(one['left']) if swap is None else swap.tolist()
         return [(f'{r} right of {l}' if other else f'{l} left of {r}')+(f' on {p}' if p else '')
                 for l,r,p,other in zip(one['left'], one['right'], v['paper'], swap)]
@@ -461,7 +466,8 @@ def in_epochs(
     n:int,       # images of a finite set
     draws:Draws, # seed and global indices
 )->Tensor:       # (b) int64 in 0..n-1
-    "Image number index % n of the order that belongs to (seed, index // n): once an epoch, whatever the batches"
+    ("Image number index % n of the order that belongs to (seed, index // n): "
+     "once an epoch, whatever the batches")
     index,out = draws.index.cpu(),torch.empty(len(draws), dtype=torch.int64)
     for e in (index//n).unique().tolist():
         here = index//n==e
@@ -470,7 +476,8 @@ def in_epochs(
 
 # %% ../../nbs/01_core/01_data.ipynb #cd776af8
 class Labelled:
-    "A finite set of pictures with one label each, which the caption says; a subclass has pictures(split, i, draws)"
+    ("A finite set of pictures with one label each, which the caption says; "
+     "a subclass has pictures(split, i, draws)")
     attribute,anything = 'digit','a handwritten digit' # name of the label; the caption that does not say it
     sayings = tuple(f'a handwritten {w}' for w in NUMBERS)
     names,group = tuple(NUMBERS),1
@@ -481,7 +488,7 @@ class Labelled:
         source:str,  # where the pictures come from, for reports
     ):
         self.name,self.shape,self.labels,self.source,self.splits = name,shape,labels,source,tuple(labels)
-        self.attributes,self.fingerprint = {self.attribute:self.names},f'{name}-1' # another number when the pictures change
+        self.attributes,self.fingerprint = {self.attribute:self.names},f'{name}-1' # changes with the pictures
         said = [split_words(c) for c in (self.anything, *self.sayings)]
         self.words = tuple(dict.fromkeys(w for ws in said for w in ws))
         self.size = 1+max(len(ws) for ws in said)
@@ -528,8 +535,7 @@ class Digits(Labelled):
                          "scikit-learn digits, split 4:1 by glyph")
 
     def still(self):
-        same = copy(self)
-        same.jitter = 0.
+        same = copy(self); same.jitter = 0.
         return same
 
     def pictures(self, split, i, draws): # (b 1 16 16)
@@ -545,7 +551,7 @@ class Wrapped:
         data, # captioned pictures
     ): self.data = data
     def __getattr__(self, name:str):
-        if name=='data' or name.startswith('__'): raise AttributeError(name) # not there yet, when a copy is made
+        if name=='data' or name.startswith('__'): raise AttributeError(name) # not there yet in a copy
         return getattr(self.data, name)
     def still(self):
         "The same change of the other set without the movements of training"
@@ -563,7 +569,8 @@ class Wrapped:
 def scale()->str: # smoke, demo or full
     "The one dial: T2I_SCALE; without it smoke in tests and demo for a reader"
     s = os.environ.get('T2I_SCALE') or ('smoke' if os.environ.get('IN_TEST') else 'demo')
-    if s not in ('smoke','demo','full'): raise CourseError(f"T2I_SCALE is '{s}'; it may be smoke, demo or full")
+    if s not in ('smoke','demo','full'):
+        raise CourseError(f"T2I_SCALE is '{s}'; it may be smoke, demo or full")
     return s
 
 def dial(
@@ -587,5 +594,4 @@ def results(
     name:str, # chapter
 )->dict:      # what was measured; empty when nothing was
     "Numbers measured by `t2i run`, with how they were made"
-    p = results_path(name)
-    return json.loads(p.read_text(encoding='utf-8')) if p.exists() else {}
+    p = results_path(name); return json.loads(p.read_text(encoding='utf-8')) if p.exists() else {}

@@ -13,11 +13,12 @@ from .training import State, feed, frozen, load_trained, pick_device, train
 
 # %% ../../nbs/01_core/04_ema.ipynb #4bcbf73b
 class EMA:
-    "Exponential moving average of a network's weights; the half-life is counted in images and grows in at the start"
+    ("Exponential moving average of a network's weights; the half-life is counted in images "
+     "and grows in at the start")
     def __init__(self,
         net:nn.Module,     # the network that is trained
         half_life:float,   # images after which a weight counts half
-        ramp:float=.05,    # the half-life is at most this share of the images seen (EDM's ramp-up); inf: no warm-up
+        ramp:float=.05,    # half-life: at most this share of the images seen (EDM's ramp-up); inf: no warm-up
     ):
         self.half_life,self.ramp = half_life,ramp # images, a share
         still = frozen(net) # what does not learn needs no average
@@ -39,9 +40,9 @@ class EMA:
         "shadow <- decay shadow + (1-decay) weights; once an optimizer step, not once a micro-batch"
         new = net.state_dict()
         names = [k for k,v in self.shadow.items() if v.is_floating_point()]
-        for kind in {type(self.shadow[k]) for k in names}: # a network in shards has plain tensors too, its buffers
+        for kind in {type(self.shadow[k]) for k in names}: # a network in shards has plain buffers
             own = [k for k in names if type(self.shadow[k]) is kind]
-            torch._foreach_lerp_([self.shadow[k] for k in own], [new[k] for k in own], 1-self.decay(n, images))
+            torch._foreach_lerp_([self.shadow[k] for k in own],[new[k] for k in own], 1-self.decay(n, images))
         for k in self.shadow.keys()-names: self.shadow[k].copy_(new[k]) # counters cannot be averaged
 
     def load(self,
@@ -61,8 +62,7 @@ class EMA:
         net:nn.Module, # the network that is trained
     ):
         "Inside, the network has the averaged weights; afterwards its own again"
-        own = {k:v.clone() for k,v in net.state_dict().items() if k in self.shadow}
-        self.give(net)
+        own = {k:v.clone() for k,v in net.state_dict().items() if k in self.shadow}; self.give(net)
         try: yield net
         finally: net.load_state_dict(own, strict=False)
 
@@ -80,7 +80,8 @@ def state_for(
     config:dict,      # lr, half_life; betas and weight_decay where they differ from the usual
     precision:str='fp32',
 )->State:
-    "A State with its average, as a recipe asks for it; where a model says what is trained, everything else is frozen"
+    ("A State with its average, as a recipe asks for it; where a model says what is trained, "
+     "everything else is frozen")
     freeze(model)
     own = {k:config[k] for k in ('betas','weight_decay') if k in config}
     return State(model.net, config['lr'], EMA(model.net, config['half_life']), precision=precision,
@@ -89,7 +90,8 @@ def state_for(
 def settle(
     part:str, # submodule of the network, as in State.parts
 ):            # begin(state), for the Turn of the next stage
-    "The averaged weights of a finished stage become its weights, so that the next stage builds on what will be used"
+    ("The averaged weights of a finished stage become its weights, "
+     "so that the next stage builds on what will be used")
     def begin(state):
         if state.ema is None: return
         module = state.net.get_submodule(part)
@@ -112,10 +114,8 @@ def train_arm(
     "Train one arm of a comparison"
     model.net.to(pick_device()); model.to(pick_device())
     state = state_for(model, config, precision)
-    records = train(state, loss or model.loss, feed(data, tok), images=images, seconds=seconds, batch=config['batch'],
-                    seed=seed, clip=config.get('clip', 1.))
-    losses = [r.loss for r in records]
-    state.ema.give(model.net)
+    records = train(state, loss or model.loss, feed(data, tok), images=images, seconds=seconds,
+                    batch=config['batch'], seed=seed, clip=config.get('clip', 1.))
+    losses = [r.loss for r in records]; state.ema.give(model.net)
     if about is not None: about.update(images=state.images)
-    tail = losses[-max(1, len(losses)//10):]
-    return sum(tail)/len(tail)
+    tail = losses[-max(1, len(losses)//10):]; return sum(tail)/len(tail)

@@ -201,7 +201,8 @@ def per_seed(
     "What a result file says of one number, seed by seed"
     before,seeds,after = path.partition('{}')
     if not seeds:
-        raise CourseError(f"'{path}' does not say where the seeds stand: put {{}} there, as in 'arms.a.{{}}.fd'")
+        raise CourseError(f"'{path}' does not say where the seeds stand: "
+                          f"put {{}} there, as in 'arms.a.{{}}.fd'")
     def walk(at, keys):
         for k in filter(None, keys.split('.')):
             try: at = at[int(k)] if isinstance(at, list) else at[k]

@@ -156,7 +156,8 @@ def save_judge(
     weights = {k:v for k,v in judge.state_dict().items() if v.is_floating_point()}
     raw = to_bytes({k:v.cpu().half().contiguous() for k,v in weights.items()})
     own = {k:list(v) for k,v in judge.attributes.items()}
-    card = dict(sha256=hashlib.sha256(raw).hexdigest(), shape=list(judge.shape), attributes=own, width=judge.width)|card
+    card = dict(sha256=hashlib.sha256(raw).hexdigest(), shape=list(judge.shape), attributes=own,
+                width=judge.width)|card
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise not_written(path, e) from e
     write_whole(path, lambda p: p.write_bytes(raw))
@@ -183,7 +184,8 @@ def read_judge(
     if hashlib.sha256(raw).hexdigest()!=card.get('sha256'):
         raise CourseError(f'{path} is not the file its card describes: it was changed or damaged. {_REMEDY}')
     try:
-        with torch.random.fork_rng(devices=[]): judge = Judge(card['shape'], card['attributes'], card['width']) # its first weights are drawn
+        with torch.random.fork_rng(devices=[]): # its first weights are drawn
+            judge = Judge(card['shape'], card['attributes'], card['width'])
         judge.load_state_dict({k:v.float() for k,v in from_bytes(raw).items()}, strict=False)
     except (KeyError, RuntimeError, SafetensorError) as e:
         raise CourseError(f'{path} does not hold a judge ({e}). {_REMEDY}') from e
@@ -231,8 +233,8 @@ def judge_for(
     say(f'no judge is shipped for {data.name}: training one now (a few minutes, once), kept as {path}')
     start = time.perf_counter()
     judge = train_judge(data, **FIRST_USE, progress=progress)
-    save_judge(judge, path, data=data.name, seconds=round(time.perf_counter()-start), command='trained on first use',
-               **ceilings(judge, data))
+    save_judge(judge, path, data=data.name, seconds=round(time.perf_counter()-start),
+               command='trained on first use', **ceilings(judge, data))
     return judge
 
 # %% ../../nbs/01_core/05_metrics.ipynb #3c402d9d
@@ -296,7 +298,7 @@ def ceilings(
     data,         # captioned pictures
     n:int=4000,   # pictures a split
     seed:int=5,   # of the pictures
-)->dict:          # split -> obedience of real pictures; chance -> that of shuffled captions, for judge and oracle
+)->dict:          # split -> obedience of real pictures; chance -> of shuffled captions; judge and oracle
     "What the judge says of real pictures it never saw, with their own captions and with shuffled ones"
     out,n = {},min(n, distinct(data, 'test'))
     for split in ('test','heldout'):
@@ -378,7 +380,7 @@ def real_floor(
     f:Tensor,           # (p d) features of real pictures
     n:int,              # drawings
     m:int,              # reference pictures that they are compared with
-    labels:Tensor=None, # (p) int64, where the drawings hold each label in its share; None: labels are left to chance
+    labels:Tensor=None, # (p) int64, where drawings hold each label in its share; None: labels by chance
     splits:int=None,    # N_SPLITS if not said
 )->dict:                # fd_floor, and fd_floor_std: how far one set of pictures lies from this mean
     "What real pictures get in the place of n drawings: the mean over many random cuts"
@@ -387,15 +389,18 @@ def real_floor(
         g = torch.Generator().manual_seed(seed)
         i = torch.randperm(len(f), generator=g) if labels is None else even_order(labels, seed)
         return frechet(f[i[:k]], f[i[k:k+l]])
-    found = torch.tensor([cut(seed) for seed in range(splits or dial(30, N_SPLITS, N_SPLITS))], dtype=torch.float64)
+    found = torch.tensor([cut(seed)
+                         for seed in range(splits or dial(30, N_SPLITS, N_SPLITS))], dtype=torch.float64)
     found *= (1/n+1/m)/(1/k+1/l) # 1 where there were enough pictures
-    return dict(fd_floor=found.mean().item(), fd_floor_std=found.std().item(), splits=len(found), floor_sizes=[k,l])
+    return dict(fd_floor=found.mean().item(), fd_floor_std=found.std().item(), splits=len(found),
+                floor_sizes=[k,l])
 
 # %% ../../nbs/01_core/05_metrics.ipynb #0c075aac
 def _covered(points:Tensor, centres:Tensor, k:int)->float:
     "Share of the points inside at least one ball around a centre that reaches to its k-th neighbour"
     part = lambda v: v.split(1000)
-    radius = torch.cat([torch.cdist(c, centres).kthvalue(k+1).values for c in part(centres)]) # the nearest is itself
+    # k+1: the nearest is itself
+    radius = torch.cat([torch.cdist(c, centres).kthvalue(k+1).values for c in part(centres)])
     return torch.cat([(torch.cdist(p, centres)<=radius).any(1) for p in part(points)]).double().mean().item()
 
 # arXiv:1904.06991, eqs. 1-2
@@ -472,14 +477,14 @@ def broken_strokes(
     return float(np.mean([pieces(p)!=1 for p in ink.numpy()]))
 
 # %% ../../nbs/01_core/05_metrics.ipynb #anydata1
-# arXiv:2002.09797 finds features of networks that were never trained useful for pictures unlike any known training set
+# arXiv:2002.09797: features of networks never trained are useful for pictures unlike any known training set
 class RandomFeatures:
     "Three fixed random convolutions; their 64 principal numbers over training pictures, each of variance 1"
     name = 'random convolutions, 64 principal numbers a picture, standardised over training pictures'
     def __init__(self,
         x:Tensor, # (n c h w) training pictures in [-1,1]
     ):
-        sizes,one = [(24,x.shape[1],5,5), (48,24,3,3), (96,48,3,3)],Draws(0, torch.zeros(1, dtype=torch.int64))
+        sizes,one = [(24,x.shape[1],5,5),(48,24,3,3), (96,48,3,3)],Draws(0, torch.zeros(1, dtype=torch.int64))
         self.weights = [one.normal(f'layer {i}', *s)[0]*(2/math.prod(s[1:]))**.5 for i,s in enumerate(sizes)]
         f = self.raw(x)
         self.mean = f.mean(0)
@@ -509,7 +514,8 @@ def real_distances(
     "What real pictures get in the same numbers: n against m of them, over many cuts"
     f,g = net(ref),net(twin)
     precision,recall = precision_recall(f, g, K)
-    return dict(net=net, features=f, n_reference=len(f), fd_test=frechet(g, f), precision_real=precision, recall_real=recall,
+    return dict(net=net, features=f, n_reference=len(f), fd_test=frechet(g, f),
+                precision_real=precision, recall_real=recall,
                 floor=real_floor(torch.cat([f, g]), len(g), len(f)))
 
 # %% ../../nbs/01_core/05_metrics.ipynb #80259b61
@@ -526,7 +532,8 @@ def n_seen(
     data,  # captioned pictures
     n:int, # drawings
 )->int:    # training pictures that drawings are compared with: all of a set of at most 10,000
-    return int(min(distinct(data, 'train'), max(10*n, 10_000))) if math.isfinite(distinct(data, 'train')) else 10*n
+    return (int(min(distinct(data, 'train'), max(10*n, 10_000)))
+            if math.isfinite(distinct(data, 'train')) else 10*n)
 
 def n_unseen(
     data,  # captioned pictures
@@ -558,19 +565,24 @@ def protocol(
                         f'threshold: first percentile of {n_unseen(data, n):,} unseen real pictures')
     if not judge:
         return dict(data=data.name, n=n, seed=SEED, features=RandomFeatures.name, k=K,
-                    reference=f'{n_seen(data, n) if finite else n:,} {"training" if finite else "test"} pictures',
+                    reference=f'{n_seen(data, n) if finite else n:,} {"training" if finite else "test"} '
+                              f'pictures',
                     captions=f'those of {n} test pictures, one drawing each',
-                    fd_floor=f'{n} real pictures in place of the drawings, mean of {N_SPLITS} random cuts of all real pictures')|near
+                    fd_floor=f'{n} real pictures in place of the drawings, '
+                             f'mean of {N_SPLITS} random cuts of all real pictures')|near
     net = f'judge {fingerprint(judge)}, 64 numbers a picture, standardised over its training pictures'
-    return dict(data=data.name, n=n, seed=SEED, features=net, k=K, **(_of_labels if finite else _of_scenes)(data, n))|near
+    return dict(data=data.name, n=n, seed=SEED, features=net, k=K,
+                **(_of_labels if finite else _of_scenes)(data, n))|near
 
 # %% ../../nbs/01_core/05_metrics.ipynb #pr0toco3
-_EACH = 'KID (polynomial kernel, degree 3, unbiased), precision and recall: {} drawings against {} reference pictures'
+_EACH = ('KID (polynomial kernel, degree 3, unbiased), precision and recall: '
+         '{} drawings against {} reference pictures')
 
 def _of_scenes(data, n):
     return dict(reference=f'pictures 0..{n-1} of the test split (seed {SEED}), one set for every method',
                 captions=f'those of pictures {n}..{2*n-1} of the test split, one drawing each',
-                fd_floor=f'mean of {N_SPLITS} random cuts of these {2*n:,} real pictures into {n:,} and {n:,}',
+                fd_floor=f'mean of {N_SPLITS} random cuts of these {2*n:,} real pictures '
+                         f'into {n:,} and {n:,}',
                 fd_train=f'{n} training pictures in place of the drawings', each=_EACH.format(n, n))
 
 def _of_labels(data, n):
@@ -581,14 +593,15 @@ def _of_labels(data, n):
     carried = '' if (k,l)==(n,test+train) else f', times (1/{n}+1/{test+train})/(1/{k}+1/{l})'
     return dict(reference=f'{test:,} pictures of the test split{seen}, one set for every method',
                 captions=f'{n:,}, each label in its share among the reference pictures',
-                fd_floor=f'mean of {N_SPLITS} random cuts of the reference into {k:,} and {l:,}, each label in its share{carried}',
+                fd_floor=f'mean of {N_SPLITS} random cuts of the reference into {k:,} and {l:,}, '
+                         f'each label in its share{carried}',
                 each=_EACH.format(q, q))
 
 # %% ../../nbs/01_core/05_metrics.ipynb #84013c77
 def real_side(
     data,  # captioned pictures with attributes
     n:int, # drawings
-)->tuple:  # reference pictures; their labels (None: left to chance); captions of the drawings; unseen real pictures, to be read
+)->tuple:  # reference pictures; their labels (None: left to chance); captions; unseen real pictures to read
     "The pictures of the protocol"
     take = lambda d,split,i,m: d.batch(split, Draws(SEED, torch.arange(i, i+m)))
     if not math.isfinite(distinct(data, 'test')):
@@ -599,7 +612,8 @@ def real_side(
     y = torch.cat([b.attrs[name] for b in parts])
     want = torch.cat([y[even_order(y, i)] for i in range(math.ceil(n/len(y)))])[:n]
     want = want[torch.randperm(n, generator=torch.Generator().manual_seed(SEED))]
-    return torch.cat([b.x for b in parts]),y,data.captions({name:want}, {name:torch.ones(n, dtype=torch.bool)}),parts[0]
+    return (torch.cat([b.x for b in parts]),y,
+            data.captions({name:want}, {name:torch.ones(n, dtype=torch.bool)}),parts[0])
 
 # %% ../../nbs/01_core/05_metrics.ipynb #ref3renc
 def judged_side(
@@ -613,9 +627,10 @@ def judged_side(
     r = dict(captions=captions, features=f, real=real, floor=real_floor(pool, n, len(f), labels))
     order = torch.arange(len(pool)) if labels is None else even_order(labels, 0)
     q = min(n, len(pool)//2)
-    r |= dict(each=q, half=pool[order[:q]]) # for what compares single pictures: as many of the one kind as of the other
+    r |= dict(each=q, half=pool[order[:q]]) # compares single pictures: as many of one kind as of the other
     other = pool[order[q:2*q]]
-    r['kid_floor'],(r['precision_real'],r['recall_real']) = kid(other, r['half']),precision_recall(r['half'], other, K)
+    r['kid_floor'],(r['precision_real'],r['recall_real']) = (
+        kid(other, r['half']),precision_recall(r['half'], other, K))
     if len(g)<len(f): r['unseen'] = g # the others are training pictures
     read,wrong = judge.read(real.x),shuffled(real.captions)
     return r|dict(ceiling=obeys(read, data, real.captions), chance=obeys(read, data, wrong)['all'],
@@ -641,9 +656,11 @@ def reference(
     else:
         real = take('test', 0, at_most(data, n)) if finite else take('test', n, n)
         r |= dict(captions=real.captions, real=real)
-        if n>=LEAST: r |= real_distances(RandomFeatures(seen.x), seen.x if finite else take('test', 0, n).x, real.x)
+        if n>=LEAST:
+            r |= real_distances(RandomFeatures(seen.x), seen.x if finite else take('test', 0, n).x, real.x)
     r['nearest_real'] = _below(nearest(space(r['real'].x), train), limit)
-    if judge and not (finite and n_real(data, n)[1]): r['fd_train'] = frechet(judge.features(seen.x[:n]), r['features'])
+    if judge and not (finite and n_real(data, n)[1]):
+        r['fd_train'] = frechet(judge.features(seen.x[:n]), r['features'])
     return _kept.setdefault(key, r)
 
 # %% ../../nbs/01_core/05_metrics.ipynb #7bccc4d0
@@ -651,25 +668,26 @@ def held_out(
     data,        # captioned pictures with held-out pairs
     judge:Judge, # reads them
     m:int,       # captions
-)->dict:         # heldout, and seen_matched where they have partners: (captions, what the judge makes of real pictures of them)
+)->dict:         # heldout, and seen_matched where they have partners: (captions, obedience of real pictures)
     "Held-out captions, and the seen captions that name the same"
     draws = Draws(SEED, torch.arange(m))
     key = (data.name, data.fingerprint, fingerprint(judge), 'held out', m)
     if key in _kept: return _kept[key]
     sets = dict(heldout=data.batch('heldout', draws))
     try: sets['seen_matched'] = data.seen_matched(draws)
-    except (AttributeError, CourseError): pass # a set without partners, or too few captions to deal their inks out anew
-    return _kept.setdefault(key, {k:(b.captions, obedience(judge, b.x, data, b.captions)['all']) for k,b in sets.items()})
+    except (AttributeError, CourseError): pass # a set without partners, or too few captions
+    return _kept.setdefault(key, {k:(b.captions, obedience(judge, b.x, data, b.captions)['all'])
+                                  for k,b in sets.items()})
 
 # %% ../../nbs/01_core/05_metrics.ipynb #pa1redga
 def paired_gap(
     first,  # n truths
     second, # n truths of the same cases
 )->dict:    # gap, gap_low, gap_high, in shares of the cases
-    "How much more often the first is true, with the 95% interval of Agresti and Min (2005), which is not empty at 0"
+    ("How much more often the first is true, with the 95% interval of Agresti and Min (2005), "
+     "which is not empty at 0")
     up,down = (sum(a and not b for a,b in zip(*v))+.5 for v in ((first, second), (second, first)))
-    n = len(first)+2
-    mean,half = (up-down)/n,1.96*math.sqrt((up+down)/n-((up-down)/n)**2)/math.sqrt(n)
+    n = len(first)+2; mean,half = (up-down)/n,1.96*math.sqrt((up+down)/n-((up-down)/n)**2)/math.sqrt(n)
     return dict(gap=(up-down)/len(first), gap_low=mean-half, gap_high=mean+half)
 
 def held_out_row(
@@ -678,13 +696,14 @@ def held_out_row(
     judge:Judge, # reads them
     m:int,       # captions of each kind
     seed:int,    # both kinds get the same start noise
-)->dict:         # obedience to held-out captions; seen_matched: to their partners; gap: the first minus the second
+)->dict:         # obedience to held-out captions; seen_matched: to their partners; gap: the difference
     out,right = {},{}
     for k,(captions,ceiling) in held_out(data, judge, m).items():
         read = judge.read(draw(captions, seed))
         out[k] = obeys(read, data, captions)|dict(ceiling=ceiling, n=m)
         right[k] = [all(ok.values()) for ok in passes(read, data, captions)]
-    if len(out)<2: return out['heldout']|dict(note='no seen partners: too few captions, or data that have none')
+    if len(out)<2: return out['heldout']|dict(
+        note='no seen partners: too few captions, or data that have none')
     return out['heldout']|dict(seen_matched=out['seen_matched'])|paired_gap(*right.values())
 
 # %% ../../nbs/01_core/05_metrics.ipynb #judgedr0
@@ -698,13 +717,15 @@ def judged_row(
     counted = sum(bool(data.demands(c)) for c in r['captions']) # 'a digit' demands nothing
     precision,recall = precision_recall(r['half'], f[:q], K)
     row = dict(judge=fingerprint(judge),
-               obedience=obedience(judge, x, data, r['captions'])|dict(ceiling=r['ceiling']['all'], chance=r['chance'], n=counted),
+               obedience=obedience(judge, x, data, r['captions'])|dict(
+                   ceiling=r['ceiling']['all'], chance=r['chance'], n=counted),
                fd=frechet(f, r['features']), n_reference=len(r['features']), **r['floor'],
                kid=kid(f[:q], r['half']), precision=precision, recall=recall, n_each=q)
     if 'unseen' in r:
         m,k = len(r['unseen']),len(r['features'])
         share = (1/len(f)+1/m)/(1/len(f)+1/k)
-        row |= dict(fd_unseen=frechet(f, r['unseen']), fd_unseen_floor=r['floor']['fd_floor']*share, n_unseen=m)
+        row |= dict(fd_unseen=frechet(f, r['unseen']), fd_unseen_floor=r['floor']['fd_floor']*share,
+                    n_unseen=m)
     return row|{k:r[k] for k in ('fd_train','kid_floor','precision_real','recall_real') if k in r}
 
 # %% ../../nbs/01_core/05_metrics.ipynb #p1ainrow
@@ -713,10 +734,12 @@ def plain_row(
     x:Tensor, # (n c h w) drawings
 )->dict:      # distances in features that need no training
     note = 'captions without attributes: no judge, no obedience'
-    if len(x)<LEAST: return dict(note=f'{note}; {len(x)} test pictures are too few for a distance, {LEAST} are needed')
+    if len(x)<LEAST:
+        return dict(note=f'{note}; {len(x)} test pictures are too few for a distance, {LEAST} are needed')
     f = r['net'](x)
     precision,recall = precision_recall(r['features'], f, K)
-    return dict(note=note, features=RandomFeatures.name, fd=frechet(f, r['features']), **r['floor'], precision=precision, recall=recall,
+    return dict(note=note, features=RandomFeatures.name, fd=frechet(f, r['features']), **r['floor'],
+                precision=precision, recall=recall,
                 **{k:r[k] for k in ('fd_test','n_reference','precision_real','recall_real')})
 
 # %% ../../nbs/01_core/05_metrics.ipynb #eva1uate
@@ -726,7 +749,7 @@ def evaluate(
     judge:Judge=None, # the shipped one, or one trained on first use
     n:int=None,       # drawings; DRAWINGS if not said
     seed:int=0,       # handed to draw
-    n_heldout:int=None, # drawings of held-out captions, and as many of their partners; half of n if not said, 0 for none
+    n_heldout:int=None, # drawings of held-out captions, and as many of their partners; None: half of n
     n_trained:int=0,    # drawings of training captions, to look for copies
 )->dict:              # the measured part of a row
     "Draw the captions of the protocol and fill the row"
@@ -738,8 +761,7 @@ def evaluate(
         bad = (~x.isfinite().flatten(1).all(1)).sum()
         if bad: raise CourseError(f'{bad} of {len(x)} pictures hold NaN or Inf: nothing to measure')
         return x.detach().cpu().float().clamp(-1,1)
-    start = time.perf_counter()
-    x = drawn(r['captions'], seed)
+    start = time.perf_counter(); x = drawn(r['captions'], seed)
     took = time.perf_counter()-start
     near = lambda x: _below(nearest(r['space'](x), r['train']), r['limit'])
     row = dict(data=data.name, split='test', n=n, n_asked=asked, seed=seed, seconds_per_1000=1000/n*took,
@@ -750,7 +772,8 @@ def evaluate(
     if not judge: return row|plain_row(r, x)
     row |= judged_row(r, x, data, judge)
     m = n//2 if n_heldout is None else n_heldout
-    return row|dict(heldout=held_out_row(drawn, data, judge, m, seed+1)) if m and 'heldout' in data.splits else row
+    return (row|dict(heldout=held_out_row(drawn, data, judge, m, seed+1))
+            if m and 'heldout' in data.splits else row)
 
 # %% ../../nbs/01_core/05_metrics.ipynb #86b52868
 # ---- the command beside the chapter ----
@@ -766,9 +789,9 @@ def make_judges(
         data,width = load(name),SHIPPED[name]['width']
         steps = SHIPPED[name]['steps'] if scale!='smoke' else 20
         def progress(r, name=name, steps=steps):
-            if r.step%(steps//10)==0: say(f'{name}: step {r.step} of {steps}, loss {r.loss:.3f}, {r.seconds:.0f} s')
-        start = time.perf_counter()
-        judge = train_judge(data, steps, width=width, progress=progress)
+            if r.step%(steps//10)==0:
+                say(f'{name}: step {r.step} of {steps}, loss {r.loss:.3f}, {r.seconds:.0f} s')
+        start = time.perf_counter(); judge = train_judge(data, steps, width=width, progress=progress)
         made = dict(
             data=name, source=data.source, learned_from=judge_split(data), steps=steps, batch=128, seeds=[0],
             seconds=round(time.perf_counter()-start), parameters=parameters(judge))

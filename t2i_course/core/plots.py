@@ -23,7 +23,7 @@ def canvas(
 ):                 # a matplotlib.figure.Figure
     "An empty figure. It needs no window: it can be drawn whatever MPLBACKEND says, even nonsense"
     try: from matplotlib.figure import Figure as Fig
-    except ValueError: # matplotlib does not know that backend: what was half imported goes, then once more without it
+    except ValueError: # an unknown backend: what was half imported goes, then once more without it
         for name in [k for k in sys.modules if k.split('.')[0]=='matplotlib']: del sys.modules[name]
         named = os.environ.pop('MPLBACKEND', None)
         try: from matplotlib.figure import Figure as Fig
@@ -59,8 +59,8 @@ class Figure:
 @lru_cache(1)
 def _fonts()->list: # families for any script a caption may be written in, as far as they are installed
     from matplotlib.font_manager import fontManager
-    more = ('Noto Sans CJK KR','Noto Sans CJK JP','Noto Sans KR','NanumGothic','Malgun Gothic','Apple SD Gothic Neo',
-            'Noto Emoji','Segoe UI Emoji')
+    more = ('Noto Sans CJK KR','Noto Sans CJK JP','Noto Sans KR','NanumGothic','Malgun Gothic',
+            'Apple SD Gothic Neo','Noto Emoji','Segoe UI Emoji')
     have = {f.name for f in fontManager.ttflist}
     return ['DejaVu Sans',*(f for f in more if f in have)]
 
@@ -98,10 +98,10 @@ def show_images(
 )->Figure:
     "A grid of pictures, every pixel a sharp square"
     n,(h,w) = len(x),x.shape[-2:]
-    cols = max(1, min(cols, n))
-    n_rows = math.ceil(n/cols)
+    cols = max(1, min(cols, n)); n_rows = math.ceil(n/cols)
     font = 8.5 if size<1.5 else 9.5
-    wrapped = [textwrap.wrap(str(c).strip() or '(no caption)', max(6, int(size*125/font))) for c in captions or []]
+    wrapped = [textwrap.wrap(str(c).strip() or '(no caption)', max(6, int(size*125/font)))
+               for c in captions or []]
     lines = max(map(len, wrapped), default=0)
     gap,below = .08,lines*font*1.25/72+(.12 if lines else 0)
     left,top = (.1+.075*max(map(len, map(str, rows))) if rows else gap),(.35 if title else gap)
@@ -167,7 +167,8 @@ def plot_lines(
     if 'x' in log: ax.set_xscale('log')
     if 'y' in log: ax.set_yscale('log')
     if any(lines): ax.legend(frameon=False, fontsize=8.5)
-    return Figure(fig, alt or f"{title or ylabel or 'curves'} against {xlabel or 'x'}: {', '.join(map(str, lines))}")
+    return Figure(fig, alt or (f"{title or ylabel or 'curves'} against {xlabel or 'x'}: "
+                              f"{', '.join(map(str, lines))}"))
 
 # %% ../../nbs/01_core/06_plots.ipynb #c3132f94
 def in_kernel()->bool:
@@ -193,7 +194,7 @@ class Live:
         self.record = r
         now = time.monotonic()
         if r.progress>=1: self.done()
-        elif in_kernel() and now-self.last>max(self.every, 10*self.cost): # drawing takes at most a tenth of the time
+        elif in_kernel() and now-self.last>max(self.every, 10*self.cost): # at most a tenth of the time
             self.draw()
             self.last = time.monotonic()
             self.cost = self.last-now
@@ -209,12 +210,12 @@ class Live:
         fig,ax = _axes(xlabel='images', ylabel=self.name, title=textwrap.fill(self.summary(), 76))
         ax.title.set_fontsize(8.5)
         x,y = torch.tensor(self.images).double(),torch.tensor(self.losses).double()
-        k = max(1, len(y)//300)
-        m = len(y)//k*k
+        k = max(1, len(y)//300); m = len(y)//k*k
         ax.plot(x[::k], y[::k], '.', ms=2, color=COLOURS[0], alpha=.25)
         x,y = x[:m].view(-1, k).mean(1),y[:m].view(-1, k).mean(1)
         width = max(1, len(y)//20)
-        mean = F.avg_pool1d(F.pad(y[None], (width-1, 0), mode='replicate') if width>1 else y[None], width, 1)[0]
+        mean = F.avg_pool1d(F.pad(y[None], (width-1, 0), mode='replicate') if width>1 else y[None],
+                            width, 1)[0]
         ax.plot(x, mean, lw=1.8, color=COLOURS[0])
         if y.min()>0: ax.set_yscale('log')
         return Figure(fig, self.summary())
@@ -262,7 +263,8 @@ def loss_by_t(
         colour = COLOURS[k%len(COLOURS)]
         ax.errorbar(mid, mean, err.nan_to_num(0), marker='o', ms=4, lw=1.6, capsize=2, color=colour,
                     label=name or 'mean of each interval')
-        ax.axhline(l.double().mean().item(), color=colour, ls=':', lw=1.2, label=None if name else 'mean over all t')
+        ax.axhline(l.double().mean().item(), color=colour, ls=':', lw=1.2,
+                   label=None if name else 'mean over all t')
     if log: ax.set_yscale('log')
     ax.set_xlim(0, 1)
     ax.legend(frameon=False, fontsize=8.5)
@@ -291,7 +293,8 @@ def explorer(
     "A slider over pictures that needs no kernel and no network: it works in JupyterLab and on a static page"
     from IPython.display import HTML
     frames,labels = list(frames),[str(l) for l in labels]
-    if len(frames)!=len(labels) or not frames: raise ValueError(f'{len(frames)} frames and {len(labels)} labels')
+    if len(frames)!=len(labels) or not frames:
+        raise ValueError(f'{len(frames)} frames and {len(labels)} labels')
     made = [_frame(f, cols) for f in frames]
     at = len(frames)-1 if start is None else start%len(frames)
     src = [f'data:image/png;base64,{base64.b64encode(b).decode()}' for b,_ in made]
@@ -306,11 +309,10 @@ def explorer(
     crisp = 'image-rendering:pixelated;' if pixels else ''
     return HTML(
         f'<div class="t2i-explorer" style="max-width:{width}px;margin:.5em 0" '
-        f'data-frames="{quote(json.dumps(src))}" data-labels="{quote(json.dumps(labels))}">{head}<img src="{src[at]}" '
-        f'alt="{said}" style="width:100%;display:block;{crisp}">'
+        f'data-frames="{quote(json.dumps(src))}" data-labels="{quote(json.dumps(labels))}">{head}'
+        f'<img src="{src[at]}" alt="{said}" style="width:100%;display:block;{crisp}">'
         f'<div style="display:flex;gap:.8em;align-items:center;margin-top:.3em">'
         f'<input type="range" data-lm-suppress-shortcuts="true" min="0" max="{len(frames)-1}" step="1" '
-        f'value="{at}" style="flex:1" '
-        f'autocomplete="off" aria-label="{quote(title or "choose a picture")}" '
+        f'value="{at}" style="flex:1" autocomplete="off" aria-label="{quote(title or "choose a picture")}" '
         f'aria-valuetext="{quote(labels[at])}" oninput="{quote(turn)}">'
         f'<output style="min-width:9em">{quote(labels[at])}</output></div></div>')

@@ -74,7 +74,8 @@ def load_trained(
     "Take up trained weights; raises RuntimeError when they belong to another network"
     still = frozen(net) if still is None else still
     wrong = (net.state_dict().keys()-still)^tensors.keys()
-    if wrong: raise RuntimeError(f"of what was trained, {', '.join(sorted(wrong)[:3])} is here or there alone")
+    if wrong:
+        raise RuntimeError(f"of what was trained, {', '.join(sorted(wrong)[:3])} is here or there alone")
     net.load_state_dict(tensors, strict=False)
 
 @dataclass
@@ -86,7 +87,7 @@ class State:
     betas: tuple=(.9,.95)      # AdamW
     weight_decay: float=.01    # AdamW
     precision: str='fp32'      # fp32, bf16 or fp16 autocast; weights and gradients stay float32
-    parts: dict=None           # submodule -> settings of its own AdamW that differ (lr, betas, weight_decay); None: one for all
+    parts: dict=None           # submodule -> its own AdamW (lr, betas, weight_decay); None: one for all
     step: int=0                # optimizer steps done
     images: int=0              # images seen: the clock
     seconds: float=0.          # training seconds used
@@ -98,15 +99,14 @@ class State:
     def __post_init__(self):
         self.device,self.frozen = next(self.net.parameters()).device,frozen(self.net)
         self.learning = [p for p in self.net.parameters() if p.requires_grad]
-        if not self.learning: raise CourseError('nothing of this network learns: all of its weights are frozen')
+        if not self.learning:
+            raise CourseError('nothing of this network learns: all of its weights are frozen')
         usual = dict(lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
         def own(k): return [p for p in self.net.get_submodule(k).parameters() if p.requires_grad]
         self.opts = {k:torch.optim.AdamW(own(k), fused=self.device.type!='mps', **usual|s)
                      for k,s in (self.parts or {'':{}}).items()}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision=='fp16')
-
-    def rate(self, part:str)->float: return (self.parts or {}).get(part, {}).get('lr', self.lr) # peak learning rate
-
+    def rate(self, part:str)->float: return (self.parts or {}).get(part, {}).get('lr', self.lr) # at its peak
     def ready(self):
         "In training mode; a frozen module stays as it is in use, or its running means would move"
         self.net.train()
@@ -114,13 +114,13 @@ class State:
         for m in self.net.modules():
             weights = list(m.parameters())
             if weights and not {*map(id, weights)}&{*map(id, self.learning)}: m.eval()
-
     def tensors(self)->dict:
         "Every tensor of the run under a flat name; they live on in training, so save or clone them"
         out = {f'net.{k}':v for k,v in self.net.state_dict().items() if k not in self.frozen}
         if self.ema is not None: out |= {f'ema.{k}':v for k,v in self.ema.shadow.items()}
         for part,opt in self.opts.items():
-            for i,s in opt.state_dict()['state'].items(): out |= {f'opt{part and ":"+part}.{i}.{k}':v for k,v in s.items()}
+            for i,s in opt.state_dict()['state'].items():
+                out |= {f'opt{part and ":"+part}.{i}.{k}':v for k,v in s.items()}
         return out
     def numbers(self)->dict:
         "The rest of the run, as JSON values"
@@ -138,14 +138,14 @@ class State:
         for part,opt in self.opts.items():
             state,params = {},[p for g in opt.param_groups for p in g['params']]
             for k,v in own(f'opt{part and ":"+part}.').items():
-                i,name = k.split('.', 1)
-                like = params[int(i)] # a copy, because the optimizer goes on in it; laid out in memory as its weight is
-                state.setdefault(int(i), {})[name] = torch.empty_like(like).copy_(v) if v.shape==like.shape else v.clone()
+                # a copy, because the optimizer goes on in it; laid out in memory as its weight is
+                i,name = k.split('.', 1); like = params[int(i)]
+                state.setdefault(int(i), {})[name] = (torch.empty_like(like).copy_(v)
+                    if v.shape==like.shape else v.clone())
             opt.load_state_dict(dict(state=state, param_groups=opt.state_dict()['param_groups']))
         if numbers['scaler']: self.scaler.load_state_dict(numbers['scaler'])
         self.begun = list(numbers.get('begun', []))
-        self.step,self.images,self.seconds = numbers['step'],numbers['images'],numbers['seconds']
-        return self
+        self.step,self.images,self.seconds = numbers['step'],numbers['images'],numbers['seconds']; return self
 
 def pick_device()->str:
     "cuda, mps or cpu, whichever is there"
@@ -165,7 +165,8 @@ class Turn(NamedTuple):
 
 # %% ../../nbs/01_core/03_training.ipynb #0935ae24
 class Alone:
-    "One process: it takes every image and has nobody to ask. `scale.fsdp.Ranks` answers the same questions for many"
+    ("One process: it takes every image and has nobody to ask. "
+     "`scale.fsdp.Ranks` answers the same questions for many")
     rank,size = 0,1
     def mine(self, part:Tensor)->Tensor: return part    # its share of a micro-batch
     def sum(self, *values)->list: return list(values)   # over all processes
@@ -175,8 +176,7 @@ class Alone:
     def whole(self, t:Tensor)->Tensor: return t         # a tensor put together from its shards
     def wait(self): pass                                # until all have come so far
     def close(self): pass                               # the last call
-    def micro(self, last:bool): return nullcontext()    # around a micro-batch; gradients meet after the last of a step
-
+    def micro(self, last:bool): return nullcontext()    # around a micro-batch; gradients meet after the last
     def save(self,
         state:State,     # of a run
         run:Path,        # its folder
@@ -217,13 +217,14 @@ def everyone(
     sizes = [torch.zeros(1, dtype=torch.int64, device=draws.device) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, torch.tensor([len(draws)], device=draws.device))
     most = int(max(sizes))
-    def gathered(t): # all processes have to send equally many rows: the shorter ones are filled up, and cut again
+    def gathered(t): # all processes have to send equally many rows: filled up, and cut again
         parts = [t.new_zeros(most, *t.shape[1:]) for _ in sizes]
         dist.all_gather(parts, torch.cat([t, t.new_zeros(most-len(t), *t.shape[1:])]))
         return torch.cat([p[:int(n)] for p,n in zip(parts, sizes)])
     index = gathered(draws.index.to(draws.device))
-    new = index.diff(prepend=index[:1]-1)>0 # a process without an image repeats the first one of the batch: it counts once
-    return Draws(draws.seed, index[new].to(draws.index.device), draws.device, draws.progress),*(gathered(t)[new] for t in rows)
+    new = index.diff(prepend=index[:1]-1)>0 # who has no image repeats the first of the batch: it counts once
+    return (Draws(draws.seed, index[new].to(draws.index.device), draws.device, draws.progress),
+            *(gathered(t)[new] for t in rows))
 
 # %% ../../nbs/01_core/03_training.ipynb #01a56db9
 def one_turn(
@@ -236,7 +237,7 @@ def one_turn(
     clip:float,  # largest norm of the gradient
     ranks=ALONE,# which of the images this process takes
     progress:float=0., # of the run, for the draws
-)->tuple:        # mean loss, losses (b) and draws of the last micro-batch, norm of the gradient, learning rate
+)->tuple:        # mean loss, losses (b) and draws of the last micro-batch, gradient norm, learning rate
     "Forward, backward, clip, step for one loss; only the weights of its part move or get a gradient"
     opt,dev,scaler = state.opts[turn.part],state.device,state.scaler
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[state.precision]
@@ -250,13 +251,13 @@ def one_turn(
     n,total = sum(map(len, parts)),0.
     for k,part in enumerate(parts):
         own = ranks.mine(part)
-        counts,own = float(len(own)>0),own if len(own) else part[:1] # a process without an image only keeps step
+        counts,own = float(len(own)>0),own if len(own) else part[:1] # one without an image keeps step
         x0,cond = data(Draws(seed, own, progress=progress))
         draws = Draws(seed, own, dev, progress)
         with ranks.micro(k==len(parts)-1):
             with torch.autocast(dev.type, dtype, enabled=dtype!=torch.float32):
                 losses = turn.loss(x0.to(dev), cond.to(dev), draws)
-            scaler.scale(counts*ranks.size*turn.gain*losses.sum()/n).backward() # gradients are averaged over processes
+            scaler.scale(counts*ranks.size*turn.gain*losses.sum()/n).backward() # averaged over processes
         total += counts*losses.detach().sum().item()/n
     scaler.unscale_(opt)
     norm = nn.utils.clip_grad_norm_(params, clip)
@@ -265,8 +266,8 @@ def one_turn(
     # with fp16 an infinite norm is everyday: the scaler skips the step and halves itself
     if not (math.isfinite(total) and (math.isfinite(norm) or state.precision=='fp16')):
         raise CourseError(f'training stopped at step {state.step+1} ({state.images:,} images): '
-                          f'{turn.name} {total:.3g}, gradient norm {norm:.3g}. The weights are those of the step before. '
-                          'Lower the learning rate, or train with precision fp32.')
+                          f'{turn.name} {total:.3g}, gradient norm {norm:.3g}. The weights are '
+                          'those of the step before. Lower the learning rate, or train with precision fp32.')
     scaler.step(opt); scaler.update()
     return total,losses.detach(),draws,norm,lr
 
@@ -292,26 +293,27 @@ def spent(
 
 def train(
     state:State,         # network, optimizers and how far they are
-    loss,                # loss(x0, cond, draws) -> (b), one loss a sample; or a list of Turns, taken in this order
+    loss,                # loss(x0, cond, draws) -> (b), one loss a sample; or a list of Turns, in this order
     data,                # data(draws) -> x0 (b ...), cond: the images with these indices
     images:int=None,     # stop after this many images: the clock that makes a run repeatable
     seconds:float=None,  # or after this much time; with both, whichever is used up first
     batch:int=64,        # images an optimizer step
     accumulate:int=1,    # micro-batches an optimizer step
     seed:int=0,          # of every random number
-    schedule=warm_linear,# progress -> factor on the learning rate; a turn's own progress where it has since and until
+    schedule=warm_linear,# progress -> factor on the learning rate; a turn's own where it has since and until
     clip:float=1.,       # largest norm of the gradient
     ranks=ALONE,       # the processes that share the work, see `scale.fsdp.Ranks`
 ):                       # yields one Record a step
     "Draw, loss, backward, clip, step, average; everything random is a function of (seed, image index)"
-    if images is None and seconds is None:
-        raise CourseError('train needs a clock: give it images=, seconds=, or both (then it stops at whichever comes first)')
+    if images is None and seconds is None: raise CourseError(
+        'train needs a clock: give it images=, seconds=, or both (then it stops at whichever comes first)')
     turns = [Turn('loss', loss)] if callable(loss) else list(loss)
-    # the number of threads decides the order of sums, and so the bytes: it is chosen only where time is a clock
+    # the number of threads decides the order of sums, and so the bytes: chosen only where time is a clock
     threads = Threads() if seconds and state.device.type=='cpu' and ranks.size==1 else None
     group = getattr(data, 'group', 1)
-    if group>1 and batch%group and group%batch:
-        raise CourseError(f'these data have one shape for every {group} images, so the batch has to be a multiple or a part of that; got {batch}')
+    if group>1 and batch%group and group%batch: raise CourseError(
+        f'these data have one shape for every {group} images, '
+        f'so the batch has to be a multiple or a part of that; got {batch}')
     state.ready()
     while True:
         progress = spent(state, images, seconds)
@@ -320,24 +322,23 @@ def train(
         active = [t for t in turns if t.since<=progress<t.until and state.step%t.every==0]
         for t in active:
             if t.begin and t.name not in state.begun:
-                t.begin(state)
-                state.begun.append(t.name)
+                t.begin(state); state.begun.append(t.name)
                 if threads: threads.restart()
         if threads: threads.before()
         if state.frozen: state.ready() # whoever drew a picture in between may have changed the mode
         n = min(batch, images-state.images) if images else batch
         parts,done = torch.arange(state.images, state.images+n).chunk(accumulate),{}
-        if group>1: parts = [p for part in parts for p in part.split((part//group).unique(return_counts=True)[1].tolist())]
+        if group>1: parts = [p for part in parts
+                             for p in part.split((part//group).unique(return_counts=True)[1].tolist())]
         fed = remembered(data) if len(active)>1 else data # the turns of a step look at the same pictures
         for t in active:
-            done[t.name] = one_turn(state, t, fed, parts, seed, schedule((progress-t.since)/(t.until-t.since)), clip,
-                                    ranks, progress)
+            done[t.name] = one_turn(state, t, fed, parts, seed,
+                                    schedule((progress-t.since)/(t.until-t.since)), clip, ranks, progress)
         if state.parts:
             for p in state.learning: p.requires_grad_(True)
         state.step,state.images = state.step+1,state.images+n
         if state.ema is not None: state.ema.update(state.net, n, state.images)
-        used = ranks.first(time.perf_counter()-start)
-        state.seconds += used
+        used = ranks.first(time.perf_counter()-start); state.seconds += used
         if threads: threads.after(used)
         progress = min(1., spent(state, images, seconds))
         if not done: continue # between two stages
@@ -358,15 +359,18 @@ def has_bf16(
     if kind=='cuda': return torch.cuda.get_device_capability(device)>=(8,0) # Ampere and later
     if kind!='cpu' or sys.platform=='darwin' or not torch.backends.mkldnn.is_available(): return False
     masked = os.environ.get('ONEDNN_MAX_CPU_ISA', os.environ.get('DNNL_MAX_CPU_ISA', '')).upper()
-    if masked in WITHOUT_BF16 or os.environ.get('ATEN_CPU_CAPABILITY', '').lower() in ('default','avx2'): return False
+    if masked in WITHOUT_BF16 or os.environ.get('ATEN_CPU_CAPABILITY', '').lower() in ('default','avx2'):
+        return False
     try: found = torch.cpu.get_capabilities()
     except AttributeError: # an older torch
-        found = dict(avx512_bf16=torch.cpu._is_avx512_bf16_supported(), amx_bf16=torch.cpu._is_amx_tile_supported())
+        found = dict(avx512_bf16=torch.cpu._is_avx512_bf16_supported(),
+                     amx_bf16=torch.cpu._is_amx_tile_supported())
     return any(found.get(k, False) for k in ('avx512_bf16','amx_bf16','bf16','sve_bf16'))
 
 # %% ../../nbs/01_core/03_training.ipynb #6d0ff99b
 class Threads:
-    "One thread or all of them? Tried on real steps, the faster is kept; tried again when steps take twice as long"
+    ("One thread or all of them? Tried on real steps, the faster is kept; "
+     "tried again when steps take twice as long")
     def __init__(self,
         most:int=None, # threads of the machine; torch's own number when left out
         tries:int=4,   # steps with each number
@@ -390,8 +394,7 @@ class Threads:
             if self.todo: return
             best = {n:min(s[1:]) for n,s in self.seen.items()} # the first step after a change is a warm-up
             n = min(best, key=best.get)
-            self.best = best[n]
-            torch.set_num_threads(n)
+            self.best = best[n]; torch.set_num_threads(n)
         elif self.best:
             self.recent = (self.recent+[seconds])[-8:]
             if len(self.recent)==8 and min(self.recent)>2*self.best: self.restart()

@@ -56,8 +56,7 @@ class Ranks:
 
     def first(self, value:float)->float:
         "The number of process 0, for all"
-        v = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.broadcast(v, 0)
+        v = torch.tensor([value], dtype=torch.float64, device=self.device); dist.broadcast(v, 0)
         return v.item()
 
     def tell(self, value):
@@ -79,7 +78,8 @@ class Ranks:
         "The newest checkpoint that processes wrote together; one that a single process wrote is refused"
         path = run/'checkpoint.safetensors'
         if path.exists() and not checkpoints(run):
-            raise CourseError(f'{path} was written by a single process: go on without torchrun, or train into another folder.')
+            raise CourseError(f'{path} was written by a single process: '
+                              'go on without torchrun, or train into another folder.')
         return load_sharded(state, run, fits)
     def close(self):
         "All leave together: one that goes early takes its connections away from the others"

@@ -23,7 +23,7 @@ def count(
     call,         # call(net, b) -> losses of b pictures
     precisions=('fp32','bf16'),
     sizes=(16,32),# two batches; memory is a straight line through them
-)->dict:          # shapes of the weights by block, bytes of the buffers, and for each precision what autograd keeps
+)->dict:          # shapes of the weights by block, bytes of the buffers; by precision, what autograd keeps
     "Made and run with fake tensors, which have a shape and no numbers: a network of any size fits"
     with FakeTensorMode():
         net = make()
@@ -54,7 +54,8 @@ def of_recipe(
     "A diffusion or flow recipe of this course as something that can be counted"
     def make(): return build(config)[1].net
     def call(net, b):
-        x,ids = torch.empty(b, net.in_channels, *config.shape[1:]),torch.zeros(b, config.max_len, dtype=torch.int64)
+        x,ids = (torch.empty(b, net.in_channels, *config.shape[1:]),
+                 torch.zeros(b, config.max_len, dtype=torch.int64))
         out = net(x, torch.empty(b), raw_cond(ids, ids==0))
         return (out.float()-torch.empty(out.shape)).square().flatten(1).mean(1)
     return make,call
@@ -69,21 +70,21 @@ def memory(
     checkpointing:bool=False, # blocks are computed again in the backward pass
     ema:bool=True,        # an average of the weights is kept
     rank:int=0,           # whose memory
-)->dict:                  # bytes: weights, gradients, optimizer, average, buffers, copies, activations, working, and their peak
+)->dict:                  # bytes: weights, gradients, ..., activations, working, and their peak
     "What one rank holds; the peak is when the backward pass begins or when it ends"
-    if shard not in ('none','ddp','fsdp'): raise CourseError(f"shard may be none, ddp or fsdp; it is '{shard}'")
+    if shard not in ('none','ddp','fsdp'):
+        raise CourseError(f"shard may be none, ddp or fsdp; it is '{shard}'")
     if shard=='none' and world>1: raise CourseError('several ranks share a batch with ddp or fsdp')
     whole = [s for ss in counts['shapes'].values() for s in ss]
     own = shard_bytes(whole, world, rank) if shard=='fsdp' else shard_bytes(whole, 1)
     k,here,each = counts[precision],-(-batch//world),2 if precision=='bf16' else 4
     blocks = [shard_bytes(v, 1, each=each) for name,v in counts['shapes'].items() if name]
-    copies,stay = dict(
-        none=(k['fixed'], 0),         # autocast's bfloat16 copies of the weights, gone after the backward pass
-        ddp=(k['fixed']+own, own),    # and the buckets in which gradients travel
-        fsdp=(shard_bytes(counts['shapes'][''], 1, each=each)+2*max(blocks, default=0),)*2, # gathered: what no block holds,
-    )[shard]                          # the block at work and the one fetched next
-    out = dict(weights=own, gradients=own, optimizer=2*own, average=(own+counts['buffers'])*ema, buffers=counts['buffers'],
-               copies=round(copies),
+    copies,stay = dict(none=(k['fixed'], 0), # autocast's bfloat16 copies of the weights, gone after backward
+                       ddp=(k['fixed']+own, own), # and the buckets in which gradients travel
+                       fsdp=(shard_bytes(counts['shapes'][''], 1, each=each)+2*max(blocks, default=0),)*2,
+    )[shard] # fsdp gathers what no block holds, the block at work and the one fetched next
+    out = dict(weights=own, gradients=own, optimizer=2*own, average=(own+counts['buffers'])*ema,
+               buffers=counts['buffers'], copies=round(copies),
                activations=round(here*k['each']['checkpointed' if checkpointing else 'whole']),
                working=round(here*k['each']['largest']))
     always = sum(out[k] for k in ('weights','optimizer','average','buffers'))
