@@ -169,7 +169,7 @@ def eval_command(
 @command(name="run", epilog=lambda: f"Chapters: {', '.join(('demo', *sweeps()))}")
 def run_command(
     chapter: Annotated[str, Argument(metavar="CHAPTER", help="its name")],
-    seeds: Annotated[int, n("how many")] = 3,
+    seeds: Annotated[int, n("how many")] = 2,
     seconds: Annotated[float | None, n("training time of a row (default 60)")] = None,
     scale: Annotated[
         Literal["smoke", "demo", "full"] | None,
