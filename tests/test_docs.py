@@ -123,6 +123,14 @@ def test_readme_is_the_index_notebook():
     assert (ROOT / "README.md").read_text(encoding="utf-8") == tool["readme"]()
 
 
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_python_of_the_top_level_pages_imports_what_there_is(name):
+    blocks = re.findall(r"^```py(?:thon)?\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), flags=re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines() if re.match(r"(from|import) ", line)]
+    assert lines
+    for line in lines: exec(line, {})
+
+
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_of_the_top_level_pages(name):
     text = re.sub(r"^```.*?^```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.M | re.S)

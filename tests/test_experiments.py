@@ -78,6 +78,15 @@ def test_swapping_the_arms_swaps_the_outcome():
     assert verdict(a, b, "equal", margin=.1).outcome == "the opposite"
 
 
+@pytest.mark.parametrize("by,outcome,why", [(.3, "held", ""), (.05, "the opposite", "not by the margin"), (0, "the opposite", "not by the margin"),
+                                            (-.3, "the opposite", ""), (.1, "undecided", "")])
+def test_a_difference_smaller_than_the_margin_is_not_called_its_contrary(by, outcome, why):
+    b, luck = np.array([1., 1.2, 1.1]), np.array([-.005, 0, .006])
+    for found in (verdict(b - by + luck, b, "lower", margin=.1), verdict(b + by + luck, b, "higher", margin=.1)):
+        assert (found.outcome, found.why) == (outcome, why) and why in str(found)
+    assert verdict(b + by + luck, b, "equal", margin=.1).why == ""
+
+
 # --- How often it errs ---
 
 @pytest.mark.parametrize("n,rho", [(2, .9), (3, 0.), (10, .9)])
@@ -243,6 +252,12 @@ def test_arms_of_one_seed_begin_with_the_same_weights(digits):
 def test_a_loss_of_its_own(digits):
     half = train(digits, loss=lambda model: lambda *args: .5 * model.loss(*args))
     assert half.about["loss"] == pytest.approx(.5 * train(digits).about["loss"], rel=.05)
+
+
+def test_a_clock_in_seconds_says_how_many_images_it_was(digits):
+    def build(config): return WordTokenizer(digits.words, digits.size), Denoising(digits.shape, config["width"])
+    images = fit(build, CONFIG, digits, seconds=.2).about["images"]
+    assert images > 0 and images % CONFIG["batch"] == 0
 
 
 def test_a_row_says_what_was_measured_and_what_training_took(digits):

@@ -65,16 +65,28 @@ def text_of(value):
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def another(value, kind):
+    "A different value of the same kind: what is ignored would not come back"
+    if kind is bool: return not value
+    if kind is str: return value + "2"
+    if kind in (list, tuple): return kind([*value, value[0]])
+    return 3.5 if value is None or kind is float else value + 1 if isinstance(value, int) else 2 * value
+
+
 @every_recipe
 def test_every_field_can_be_set_from_the_command_line(name):
-    "Typed, each field gets its own value back; a number also gets another one; a value of another kind is refused"
+    "Typed, each field gets its own value back, and another one of its kind; a value of another kind is refused"
     config = recipe(name).recipe_for(load("digits"), "smoke")
     own = [k for k in kinds(type(config)) if k not in COMMAND]
     assert len(own) > 5 and {"lr", "batch", "half_life"} <= set(own)
     for field in own:
         assert set_fields(config, [f"{field}={text_of(getattr(config, field))}"]) == config, field
-        if kinds(type(config))[field] in (int, float):
-            assert getattr(set_fields(config, [f"{field}=3"]), field) == 3
+        kind = kinds(type(config))[field]
+        new = another(getattr(config, field), kind)
+        changed = set_fields(config, [f"{field}={text_of(new)}"])
+        assert new != getattr(config, field) and getattr(changed, field) == new, field
+        assert changed == config | {field: new} and type(getattr(changed, field)) is type(new), field
+        if kind in (int, float, bool, dict):
             with pytest.raises(CourseError, match=field): set_fields(config, [f"{field}=many"])
     for field in COMMAND:
         with pytest.raises(CourseError, match="follows from the command"): set_fields(config, [f"{field}=1"])

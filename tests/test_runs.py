@@ -411,17 +411,17 @@ def test_the_demo_replaces_only_a_demo(copy, tmp_path, capsys):
         assert 'choose another --out' in said and contents(folder)==before
 
 def test_a_demo_replaces_a_demo(copy, tmp_path, monkeypatch):
-    config = json.loads((copy/'config.json').read_text(encoding='utf-8'))
-    (copy/'config.json').write_text(json.dumps(config|dict(demo=True)), encoding='utf-8') # the mark of earlier versions
+    (copy/'.demo').touch()
     (copy/'notes.txt').write_text('mine', encoding='utf-8')
     with claim_demo_folder(copy): assert set(contents(copy))=={'notes.txt','.lock','.demo'}
     with claim_demo_folder(tmp_path/'new'): assert (tmp_path/'new').is_dir()
     monkeypatch.chdir(tmp_path)
-    old = Path('runs/demo') # made before demos had a mark
-    old.mkdir(parents=True)
-    needed = dict(recipe='flow_matching', data='painted')
-    (old/'config.json').write_text(json.dumps(needed), encoding='utf-8')
-    with claim_demo_folder(old): assert set(contents(old))=={'.lock','.demo'}
+    unmarked = Path('runs/demo') # a run of one's own in the usual place
+    unmarked.mkdir(parents=True)
+    (unmarked/'config.json').write_text(json.dumps(dict(recipe='flow_matching', data='painted', demo=True)), encoding='utf-8')
+    with pytest.raises(CourseError, match='did not make'):
+        with claim_demo_folder(unmarked): pass
+    assert (unmarked/'config.json').exists()
 
 def test_the_demo_leaves_its_mark(tmp_path, monkeypatch):
     monkeypatch.setenv('T2I_SCALE', 'smoke')

@@ -100,10 +100,10 @@ def own_row(arm: str, seconds: float, seed: int, ruler: Ruler, work: Path) -> di
         train_seconds=took["seconds"],
         cpu_seconds=cpu,
         nfe=model.model.calls(c),
-        guidance=c["guidance"],
-        batch=c["batch"],
-        widths=c["widths"],
-        precision_mode=c["precision"],
+        guidance=c.guidance,
+        batch=c.batch,
+        widths=c.widths,
+        precision_mode=c.precision,
     )
 
 

@@ -82,7 +82,7 @@ def equal_size(
 
 
 def roofline(
-    config: dict,  # of flow matching, as from `recipe`
+    config,  # of flow matching, as from `recipe_for`
     data,  # digits
     rounds: int = 30,
 ) -> dict:  # GFLOP/s of the whole step and its share of the peak
@@ -99,14 +99,14 @@ def roofline(
             for precision in precisions():
                 torch.manual_seed(0)
                 tok, den = build(config)
-                fit_skip(den, data, tok, config["fit_images"])
-                state = State(den.net, config["lr"], EMA(den.net, config["half_life"]), precision=precision)
+                fit_skip(den, data, tok, config.fit_images)
+                state = State(den.net, config.lr, EMA(den.net, config.half_life), precision=precision)
                 steps = train(
                     state,
                     den.loss,
                     feed(data, tok),
-                    images=(rounds + 15) * config["batch"],
-                    batch=config["batch"],
+                    images=(rounds + 15) * config.batch,
+                    batch=config.batch,
                 )
                 for _ in range(4):
                     next(steps)

@@ -109,6 +109,7 @@ def train_arm(
     precision:str='fp32',
     loss=None,        # loss(x0, cond, draws) -> (b) or Turns, when it is not model.loss
     seconds:float=None, # training time, in place of images
+    about:dict=None,  # is told the images seen: a clock in seconds does not say them beforehand
 )->float:             # mean loss of the last tenth
     "Train one arm of a comparison"
     model.net.to(pick_device()); model.to(pick_device())
@@ -116,4 +117,5 @@ def train_arm(
     records = train(state, loss or model.loss, feed(data, tok), images=images, seconds=seconds,
                     batch=config['batch'], seed=seed, clip=config.get('clip', 1.))
     losses = [r.loss for r in records]; state.ema.give(model.net)
+    if about is not None: about.update(images=state.images)
     tail = losses[-max(1, len(losses)//10):]; return sum(tail)/len(tail)

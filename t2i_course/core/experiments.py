@@ -101,7 +101,8 @@ def verdict(
     first,           # one value a seed, or seed -> value
     second,          # of the same seeds in the same order; or one number that the first is held against
     expect:str,      # 'lower', 'higher' or 'equal': what is predicted of the first
-    margin:float=None, # 'equal': largest difference that counts as none, required; else by how much at least
+    margin:float=None, # 'equal': largest difference that counts as none, required; else by how much
+                     # at least, and of a smaller difference `why` says 'not by the margin'
     chance:float=None, # value of a model that learned nothing: an arm with a run there has failed
     better:str='higher', # side of `chance` on which a model has learned something
     level:float=.95, # certainty of each end of the interval; with k claims of which none may err, 1-.05/k
@@ -118,7 +119,10 @@ def verdict(
     if d.std()<=1e-9*max(np.abs(a).max(), np.abs(b).max()):
         return without('undecided', why='all differences are the same: no spread to judge by')
     low,high = paired_interval(d, level)
-    return Verdict(_outcome(low, high, expect, margin or 0.), d.mean(), low, high, n)
+    says = _outcome(low, high, expect, margin or 0.)
+    other = low>0 if expect=='lower' else high<0 # the differences point the other way
+    short = margin and says=='the opposite' and expect!='equal' and not other
+    return Verdict(says, d.mean(), low, high, n, 'not by the margin' if short else '')
 
 # %% ../../nbs/01_core/07_experiments.ipynb #cbf60a41
 def verdicts(
@@ -133,7 +137,7 @@ def verdicts(
 @dataclass
 class Arm:
     "A trained model of a comparison, and what training it took"
-    config:dict   # as from a recipe
+    config:object # a recipe's Config
     tok:object    # captions -> Cond
     model:object  # as from `build`, with the averaged weights
     about:dict    # params, images, loss, train_seconds, cpu_seconds
@@ -168,9 +172,9 @@ def fit(
     tok,model = build(config)
     if change: change(model)
     start,cpu = time.perf_counter(),time.process_time()
-    last = train_arm(model, tok, data, config, images, seed, precision, loss and loss(model), seconds)
-    about = dict(params=parameters(model.net), images=images, loss=last,
-                 train_seconds=time.perf_counter()-start, cpu_seconds=time.process_time()-cpu)
+    about = dict(params=parameters(model.net))
+    last = train_arm(model, tok, data, config, images, seed, precision, loss and loss(model), seconds, about)
+    about |= dict(loss=last, train_seconds=time.perf_counter()-start, cpu_seconds=time.process_time()-cpu)
     return Arm(config, tok, model, about)
 
 # %% ../../nbs/01_core/07_experiments.ipynb #79b638e8

@@ -204,7 +204,7 @@ def load_tensors(
         raise CourseError(
             f"{path} cannot be read ({e}): it is damaged or cut short. Delete it, or take it from a backup."
         ) from e
-    sha256 = note.pop("sha256", header.get("sha256"))  # earlier files have it as an entry of its own
+    sha256 = note.pop("sha256", None)
     if sha256 != digest(tensors, json.dumps(note, sort_keys=True)):
         raise CourseError(
             f"{path} is not as it was saved (its hash differs): it was changed "

@@ -1,4 +1,4 @@
-"""Which pictures a folder holds, and the captions that belong to them; `folders.Folder` reads them."""
+"""Which pictures a folder holds, and the captions that belong to them; `core.folders.Folder` reads them."""
 
 import os
 import posixpath

@@ -46,7 +46,7 @@ class Finished:
         "Pictures of captions; the noise of a picture depends on the seed and its place alone"
         config = self.config | self.checked(options)
         if (
-            config.get("guidance") == 0
+            getattr(config, "guidance", None) == 0
         ):  # outside the guidance interval, among candidates and in retrieval too
             captions, config = [""] * len(captions), config | dict(guidance=self.config.guidance or 1.0)
         low = torch.float16 if config.precision == "fp16" else torch.bfloat16

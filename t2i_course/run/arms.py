@@ -122,7 +122,7 @@ def make_arms(
     arms,  # (key, make) of each
     head: dict,  # how and when they are made
     path: Path,  # results file
-    equal=(),  # sweeps whose arms may agree, see `runs.twin`
+    equal=(),  # sweeps whose arms may agree, see `twin`
     also=None,  # what else is to be written
 ):
     "Make the arms that the file does not hold yet, and write it after each"

@@ -8,7 +8,6 @@ from pathlib import Path
 from t2i_course.core.data import scale as current_scale
 from t2i_course.core.files import CourseError, make_folder, write_json
 from t2i_course.core.guards import one_writer
-from t2i_course.core.runfiles import read_json
 from t2i_course.core.runs import open_run
 from t2i_course.run.measure import eval_run
 from t2i_course.run.rows import FILES, clear_run
@@ -56,15 +55,7 @@ def claim_demo_folder(
 
 
 def made_by_demo(out: Path) -> bool:
-    "By its mark; earlier versions wrote it into the config, or left none in the demo's usual folder"
-    if (out / MARK).exists():
-        return True
-    try:
-        config = read_json(out)
-    except CourseError:
-        return False
-    usual = (config["recipe"], config.get("data")) == ("flow_matching", "painted")
-    return bool(config.get("demo")) or out == Path("runs/demo") and usual
+    return (out / MARK).exists()
 
 
 # a fast machine sees so many pictures in half a minute; a slow one stops at the limit and measures fewer

@@ -131,7 +131,7 @@ def write_down(out: Path, state, model, data, config, how: How, ranks):
         accumulate=how.accumulate,
         batch=config.batch,
         seed=config.seed,
-        clip=config.get("clip", 1.0),
+        clip=config.clip,
         ranks=ranks,
     )
     bar = progress_bar(state, images, seconds, how.quiet or ranks.rank)

@@ -26,18 +26,18 @@ def same_run(
             "or train into another folder"
         )
     for name in ("scale", "images", "seconds", "seed", "size", "precision"):
-        value, own = given[name], config[name]
+        value, own = given[name], getattr(config, name)
         if value in (None, own) or (name, value) == ("precision", "auto"):
             continue
         old = f"--{name} {own}" if own is not None else f"no --{name}"
         if name in ("images", "seconds"):
-            old = " ".join(f"--{k} {config[k]}" for k in ("images", "seconds") if config[k])
+            old = " ".join(f"--{k} {v}" for k in ("images", "seconds") if (v := getattr(config, k)))
         refuse(out, name, old)
     same_fields(out, config, given)
     moved = dict(uses=moved_uses(out, config, given["use"] or {}))
     moved |= dict(data=moved_data(out, config | moved, given["data"]))
     if moved != dict(uses=config.uses, data=config.data):
-        what = ", ".join(k for k, v in moved.items() if v != config[k])
+        what = ", ".join(k for k, v in moved.items() if v != getattr(config, k))
         config = config | moved
         write_config(out, config)
         say(f"{out / 'config.json'}: new place of {what} written down")

@@ -8,8 +8,8 @@ from t2i_course.capstone.report_card import training_memory, variety
 from t2i_course.core.counting import multiply_adds
 from t2i_course.core.sources import load
 from t2i_course.core.ema import train_arm
+from t2i_course.core.experiments import best_precision
 from t2i_course.core.metrics import evaluate, load_judge
-from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.diffusion.ddpm import build, drawer, recipe_for, times, x0
 from t2i_course.gan.adversarial import Stacked, modes_of
 from t2i_course.sweeps.gan.adversarial import SETTINGS, SWEEP
@@ -41,7 +41,7 @@ def experiments(
     seeds=(0, 1, 2),  # of weights, data and noise
 ):  # yields ('key.path', make), and make() gives the value
     "Modes of stacked digits, and five settings: what `t2i run adversarial` measures for two GANs"
-    s, judge, precision = SWEEP[scale], load_judge("digits"), "bf16" if has_bf16(pick_device()) else "fp32"
+    s, judge, precision = SWEEP[scale], load_judge("digits"), best_precision()
     stacked, digits = Stacked(), load("digits")
 
     def modes(seed):
@@ -86,6 +86,6 @@ def paradigm(
     config, draw = run.config, run.model.painter(run.tok, run.config)
     return dict(
         multiply_adds=multiply_adds(lambda: draw(prompts[:4], 0)) / 4 / 1e6,  # millions, for one picture
-        memory=training_memory(run.model, run.tok, data, config["batch"], config["precision"]),
-        batch=config["batch"],
+        memory=training_memory(run.model, run.tok, data, config.batch, config.precision),
+        batch=config.batch,
     )

@@ -62,7 +62,7 @@ def arms(
 
 
 def make_arm(
-    config: dict,  # as from `recipe`
+    config,  # as from `recipe_for`
     tables: dict,  # of a fitted skip, shared by all arms
     seed: int = 0,  # of the weights
     skip: bool = True,  # start from the closed form
