@@ -101,8 +101,7 @@ def verdict(
     first,           # one value a seed, or seed -> value
     second,          # of the same seeds in the same order; or one number that the first is held against
     expect:str,      # 'lower', 'higher' or 'equal': what is predicted of the first
-    margin:float=None, # 'equal': largest difference that counts as none, required; else by how much
-                     # at least, and of a smaller difference `why` says 'not by the margin'
+    margin:float=None, # 'equal': largest difference that counts as none, required; else: by at least so much
     chance:float=None, # value of a model that learned nothing: an arm with a run there has failed
     better:str='higher', # side of `chance` on which a model has learned something
     level:float=.95, # certainty of each end of the interval; with k claims of which none may err, 1-.05/k
