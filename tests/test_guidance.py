@@ -7,6 +7,7 @@ import pytest
 import torch
 from arms import made
 from t2i_course.core.conditioning import Cond, WordTokenizer, raw_cond
+from t2i_course.core.contracts import Identity
 from t2i_course.core.data import NUMBERS, Draws
 from t2i_course.core.sources import load
 from t2i_course.diffusion import guidance
@@ -310,7 +311,7 @@ def test_painter_keeps_the_noise():
     seen = []
 
     class Spy(Fixed):
-        net = torch.nn.Linear(1, 1)
+        net, codec = torch.nn.Linear(1, 1), Identity()
 
         def predict(self, x_t, t, cond, boost=1.):
             seen.append(x_t[:2])
