@@ -43,6 +43,13 @@ def test_chapters_are_named_not_numbered(nb):
     for cell in nb.cells: assert not re.search(r"\b[Cc]hapters?\s+\d", cell.source), cell.source
 
 
+@every_notebook
+def test_no_code_of_a_working_list_is_on_a_page(nb):
+    "Rows of a plan and numbers of errata (E041) mean nothing to a reader; a paper's section may look like a row."
+    text = re.sub(r"sections? [\d.]+", "", nb.markdown)
+    assert not re.findall(r"\bE\d{3}\b|(?<![\d.])[2-7]\.\d\.\d{1,2}[a-z]?\b(?!\.)|\([2-9]\.\d{1,2}[a-z]\)", text)
+
+
 @every_chapter
 def test_one_module_at_the_same_address(chapter):
     exports = [cell for cell in chapter.code_cells if cell.exported]

@@ -109,8 +109,7 @@ def verdict(
     "Is the prediction borne out by the differences, seed by seed?"
     _stated(expect, margin)
     a,b = _pairs(first, second)
-    d,n = a-b,len(a)
-    two = isinstance(second, Mapping) or np.ndim(second)>0 # a number is not an arm
+    d,n,two = a-b,len(a),isinstance(second, Mapping) or np.ndim(second)>0 # a number is not an arm
     without = partial(Verdict, mean=d.mean(), low=-math.inf, high=math.inf, n=n)
     why = _failed(dict(first=a, second=b) if two else dict(first=a), chance, better)
     if why: return without('failed', why=why)
