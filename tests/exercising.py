@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import CodeType, FunctionType, GeneratorType
 
 import torch
-from t2i_course.core.exercises import verdict
+from t2i_course.core.exercises import kind_of
 
 SKIPPED = ("notest", "slow", "gpu")
 
@@ -130,7 +130,7 @@ def exercises(chapter):
 def put(check, answer):
     "The page's verdict on an answer, quietly, and with the same random numbers for every answer."
     torch.manual_seed(0)
-    with contextlib.redirect_stdout(io.StringIO()): return verdict(check, answer)
+    with contextlib.redirect_stdout(io.StringIO()): return kind_of(check, answer)
 
 
 def snapshot(value):

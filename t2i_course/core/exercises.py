@@ -20,7 +20,7 @@ def own_codes(
     return {code for part in parts if isinstance(part, FunctionType) for code in inside(part.__code__)}
 
 
-def verdict(
+def kind_of(
     check,  # check(answer) raises AssertionError when the answer is wrong
     answer,  # what the reader wrote
 ):
@@ -57,7 +57,7 @@ def grade(
     hint: str = "",  # shown with a wrong answer
 ):
     "Say whether an answer is right, and if not, why"
-    kind, why = verdict(check, answer)
+    kind, why = kind_of(check, answer)
     wrong = kind not in ("right", "your turn")
     print(SAID[kind].format(why) + (f"\nHint: {hint}" if wrong and hint else ""))
 
@@ -70,7 +70,7 @@ def accepts_only(
     "The checker itself is checked: it passes the solution, and an assertion of its own rejects wrong answers"
     check(right)
     for n, answer in enumerate(wrong, 1):
-        kind, why = verdict(check, answer)
+        kind, why = kind_of(check, answer)
         if kind != "rejected":
             raise AssertionError(f"wrong answer {n}: {kind} {why}")
     print(f"the solution passes; {len(wrong)} wrong answers are rejected")
