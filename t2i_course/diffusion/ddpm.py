@@ -187,7 +187,8 @@ class UNetConfig(DenoiserConfig):
 @dataclass(kw_only=True)
 class Config(UNetConfig):
     "The recipe of this chapter"
-    n_steps:int = 1000 # of the chain
+    n_steps:int = 1000   # of the chain
+    target:str = 'eps'   # what the network guesses: eps, x0 or v
 
 # %% ../../nbs/04_diffusion/01_ddpm.ipynb #cfgsize1
 SIZES = dict( # one row a scale: what the network is made of
@@ -307,8 +308,9 @@ def build(
 )->tuple:          # tokenizer, Denoiser with a fresh network
     "The DDPM of this chapter: linear betas, the network guesses the noise"
     (tok,net),process = text_unet(config),VP(linear_betas(config.n_steps))
+    target = dict(eps=eps, x0=x0, v=v)[config.target]
     codec = codec and codec.model.codec
-    return tok,Denoiser(net, process, eps, null=tok.null(), p_drop=config.p_drop, codec=codec)
+    return tok,Denoiser(net, process, target, null=tok.null(), p_drop=config.p_drop, codec=codec)
 
 # %% ../../nbs/04_diffusion/01_ddpm.ipynb #cf703baf
 def step(
