@@ -177,7 +177,7 @@ def eval_command(
 @command(name="run", epilog=lambda: f"Chapters: {', '.join(('demo', *sweeps()))}")
 def run_command(
     chapter: Annotated[str, Argument(metavar="CHAPTER", help="name of a chapter, or demo")],
-    seeds: Annotated[int, n("how many (default 3); fewer decide next to nothing")] = 3,
+    seeds: Annotated[int | None, n("how many (default 3, or what the chapter asks for)")] = None,
     seconds: Annotated[float | None, n("training time of a row (default 60, report_card 120)")] = None,
     scale: Annotated[
         Literal["smoke", "demo", "full"] | None,
@@ -187,7 +187,8 @@ def run_command(
 ):
     "Make the measurements of a chapter (results/CHAPTER.json); again: go on with the first that is missing."
     with at_scale(scale):
-        run_chapter(chapter, first_seeds(seeds), between(seconds, 0.1, 1e6, "--seconds"), out)
+        own = None if seeds is None else first_seeds(seeds)
+        run_chapter(chapter, own, between(seconds, 0.1, 1e6, "--seconds"), out)
 
 
 def first_seeds(n: int) -> tuple:

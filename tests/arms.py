@@ -2,10 +2,10 @@
 from t2i_course.run.arms import twin
 
 
-def made(module, scale="smoke", seeds=(0,)):
+def made(module, scale="smoke", seeds=(0,), **runs):
     "Every arm of a chapter; no two of them may come out the same."
     done = {}
-    for key, make in module.experiments(scale, seeds):
+    for key, make in module.experiments(scale, seeds, **runs):
         value = make()
         assert not twin(key, value, done, getattr(module, "MAY_AGREE", ())), (key, twin(key, value, done))
         done[key] = value

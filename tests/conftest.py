@@ -22,6 +22,21 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: group_of(item) != "processes")  # stable: the longest begins, the rest keeps its order
 
 
+@pytest.fixture
+def same_noise(monkeypatch):
+    "diffusers draws the random numbers that our samplers are told."
+    from walks import tell
+    tell(monkeypatch.setattr)
+
+
+@pytest.fixture(scope="session")
+def runs_at_smoke(tmp_path_factory):
+    "runs_at_smoke(name): the finished runs that a sweep stands on, small ones."
+    from t2i_course.run.bases import runs_of
+    work = tmp_path_factory.mktemp("runs")
+    return lambda name: runs_of(name, "smoke", work)
+
+
 def pytest_terminal_summary(terminalreporter):
     "The fifteen longest tests and the ten longest files, their fixtures included."
     tests, files = Counter(), Counter()

@@ -71,6 +71,11 @@ def answer(d):
 """),
     ],
     "diffusion.samplers": [
+        (1, "DDIM with the guesses of the noise and the picture exchanged", """
+def answer(x_t, v_hat, phi_t, phi_s):
+    x0,noise = math.cos(phi_t)*x_t-math.sin(phi_t)*v_hat,math.sin(phi_t)*x_t+math.cos(phi_t)*v_hat
+    return math.sin(phi_s)*x0+math.cos(phi_s)*noise
+"""),
         (2, "Heun in place of the midpoint", """
 def answer(slope, y, l, l_next):
     a = slope(y, l)
@@ -80,6 +85,56 @@ def answer(slope, y, l, l_next):
 def answer(slope, y, l, l_next):
     slope(y, l)
     return y+(l_next-l)*slope(y, l)
+"""),
+        (2, "a look in the middle from which only half a step is taken", """
+def answer(slope, y, l, l_next):
+    half = (l+l_next)/2
+    there = y+(half-l)*slope(y, l)
+    return y+(half-l)*slope(there, half)
+"""),
+        (3, "the published spacing", "def answer(process, n): return rho_times(process, n, 7., .002)"),
+        (3, "leading steps", "def answer(process, n): return leading(process, n)"),
+        (3, "more steps than were asked for", "def answer(process, n): return rho_times(process, 4*n, math.inf, .1)"),
+    ],
+    "diffusion.sde": [
+        (1, "the variance of EDM's process", "def answer(alpha, sigma, dalpha, dsigma): return dalpha/alpha,2*sigma*dsigma"),
+        (1, "the pair the wrong way round", """
+def answer(alpha, sigma, dalpha, dsigma): return 2*sigma*dsigma-2*dalpha/alpha*sigma**2,dalpha/alpha
+"""),
+        (2, "the ancestral step", """
+def answer(slope, y, l, l_next, gamma, z):
+    k = l_next/l
+    e = slope(y, l)
+    return y-l*e+l_next*(k*e+(1-k*k)**.5*z)
+"""),
+        (2, "down to another level", """
+def answer(slope, y, l, l_next, gamma, z):
+    high = l*(1+gamma)
+    y = y+(high**2-l**2)**.5*z
+    return y+(l_next-l)*slope(y, high)
+"""),
+        (3, "fresh noise at the highest levels only", "def answer(l): return 1. if l>8 else 0."),
+        (3, "more than all of the noise", "def answer(l): return 2. if l>.3 else 0."),
+    ],
+    "diffusion.inversion": [
+        (1, "a loss of first order", "def answer(s, low, high): return 1-(high-low)*high/(s*s+high*high)"),
+        (1, "both factors, the look of the step down at the low level", """
+def answer(s, low, high):
+    q,r = (high-low)*high/(s*s+high*high),(high-low)*low/(s*s+low*low)
+    return (1+q)*(1-r)
+"""),
+        (2, "a fixed-point round of each copy", """
+def answer(slope, a, b, low, high):
+    there = a+(high-low)*slope(a, high)
+    return a+(high-low)*slope(there, high),b+(high-low)*slope(b, high)
+"""),
+        (3, "the convention of Ho and Salimans, one less", """
+def answer(own, new, w): return lambda x_t,t: tuple(v+w*(v-u) for u,v in zip(own(x_t, t), new(x_t, t)))
+"""),
+        (3, "usual guidance, from the empty caption", """
+def answer(own, new, w):
+    empty = guided(den, told, 0.)
+    return lambda x_t,t: tuple(u+w*(v-u) for u,v in zip(empty(x_t, t), new(x_t, t)))
 """),
     ],
     "diffusion.guidance": [

@@ -1,204 +1,52 @@
-"""Every sampler against diffusers, step by step; orders of convergence against a case with a known answer.
+"""The solvers of the ODE against diffusers, step by step; orders of convergence against a case with a known answer.
 
-`python tests/test_samplers.py` prints the largest difference of each comparison (of the largest value of the same step).
-diffusers counts time steps from 0: its step i is the chain after i+1 steps, our t = (i+1)/T. Its `euler`, `heun` and
-`dpmpp` schedulers that work in sigma see x/alpha where we see x; their float32 tables are replaced by float64 ones.
-"""
+`python tests/test_samplers.py` prints the largest difference of each comparison (of the largest value of the same step)."""
 import math
 from functools import cache, partial
 
 import pytest
 import torch
-from t2i_course.core.data import Draws
-from t2i_course.core.sources import load
-from t2i_course.diffusion import ddpm, samplers
+from arms import made
+from t2i_course.diffusion import samplers
 from t2i_course.diffusion.ddpm import VP, Coefs, linear_betas, sample, view
-from t2i_course.diffusion.samplers import (bits_with, bound_terms, build_learned, chain_variances, ddim_invert, dpmpp_2m,
-                                           dpmpp_2m_sde, euler_ancestral, exact, heun, leading, order, rho_times,
-                                           steps_for, varied)
+from t2i_course.diffusion.samplers import GRIDS, dpmpp_2m, exact, heun, leading, order, rho_times, solver_errors, steps_for
 from t2i_course.diffusion.schedules import EDM, cosine_betas
 from t2i_course.flow.flow_matching import LinearPath
+from t2i_course.sweeps.diffusion import samplers as sweep
+from walks import (CENTRES, FREE, PROCESS, TIMES, largest_error, normal, predict, printed, scheduler, theirs_ddim,
+                   theirs_dpm, theirs_heun, theirs_sigma)
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-TIMES, SHAPE = 1000, (2, 3, 8, 8)
-PROCESS = VP(linear_betas(TIMES))
-FREE = 9e9 # a clamp that clamps nothing
-
-
-def normal(seed):
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def network(x, t):
-    "Never trained, the same every time; t in steps of the chain, asked for the noise."
-    s = float(t) / TIMES
-    return .6 * torch.tanh(x.roll(1, -1)) + .3 * x * math.cos(3 * s) + .2 * math.sin(5 * s)
-
-
-def at(i):
-    return ddpm.Coefs(*(v.item() for v in PROCESS.coefs(torch.tensor([i / TIMES], dtype=torch.float64))))
-
-
-def predict(x, t):
-    c, out = at(t[0].item() * TIMES), network(x, round(t[0].item() * TIMES, 3))
-    return (x - c.sigma * out) / c.alpha, out
-
-
-class Told:
-    "The same noise for both sides: the k-th tensor for the k-th step."
-    def normal(self, stream, *shape): return normal(100 + int(stream.split()[1]))
-
-
-@pytest.fixture(autouse=True)
-def same_noise(monkeypatch):
-    tell(monkeypatch.setattr)
-
-
-def tell(put):
-    "diffusers' random numbers become those of `Told`."
-    import diffusers.schedulers.scheduling_ddim as a
-    import diffusers.schedulers.scheduling_ddpm as b
-    import diffusers.schedulers.scheduling_dpmsolver_multistep as c
-    import diffusers.schedulers.scheduling_euler_ancestral_discrete as d
-    for module in (a, b, c, d):
-        put(module, "randn_tensor", lambda *a, dtype=None, **k: normal(100 + tell.step).to(dtype or torch.float64))
-
-
-def scheduler(name, n, **more):
-    import diffusers.schedulers
-    made = getattr(diffusers.schedulers, name)(num_train_timesteps=TIMES, beta_schedule="linear", **more)
-    made.betas = linear_betas(TIMES)
-    made.alphas = 1 - made.betas
-    made.alphas_cumprod = made.alphas.cumprod(0)
-    for key in ("final_alpha_cumprod", "initial_alpha_cumprod"):
-        if hasattr(made, key): setattr(made, key, torch.ones((), dtype=torch.float64))
-    made.set_timesteps(n)
-    if hasattr(made, "sigmas") and not hasattr(made, "final_alpha_cumprod"):
-        abar = made.alphas_cumprod[made.timesteps.round().long()]
-        made.sigmas = torch.cat([((1 - abar) / abar).sqrt(), torch.zeros(1, dtype=torch.float64)])
-    return made
-
-
-def theirs_ddim(n, eta=0., clip=False, spacing="trailing", **_):
-    made, x = scheduler("DDIMScheduler", n, clip_sample=clip, timestep_spacing=spacing), normal(0)
-    times = [(i.item() + 1) / TIMES for i in made.timesteps] + [0.]
-    def steps(x):
-        for tell.step, i in enumerate(made.timesteps):
-            x = made.step(network(x, i + 1), i, x, eta=eta, use_clipped_model_output=clip).prev_sample
-            yield x
-    return times, steps(x)
-
-
-def theirs_sigma(name, n, spacing="trailing", **more):
-    "Schedulers that see x/alpha."
-    made = scheduler(name, n, timestep_spacing=spacing, **more)
-    times = [(i.item() + 1) / TIMES for i in made.timesteps] + [0.]
-    alphas = [at(1000 * t).alpha for t in times]
-    def steps():
-        x = normal(0) / alphas[0]
-        for tell.step, i in enumerate(made.timesteps):
-            out = network(made.scale_model_input(x, i).double(), i + 1)
-            x = made.step(out, i, x).prev_sample
-            yield x * alphas[tell.step + 1]
-    return times, steps()
-
-
-def theirs_heun(n, spacing="trailing", clip=False):
-    made = scheduler("HeunDiscreteScheduler", n, timestep_spacing=spacing, clip_sample=clip)
-    order_of = [made.timesteps[0], *made.timesteps[1::2]] # each later time comes twice
-    times = [(i.item() + 1) / TIMES for i in order_of] + [0.]
-    abar = made.alphas_cumprod[made.timesteps.round().long()]
-    sigmas = ((1 - abar) / abar).sqrt()
-    made.sigmas = torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)]) # already in the order of the calls
-    alphas = [at(1000 * t).alpha for t in times]
-    def steps():
-        x = normal(0) / alphas[0]
-        for k, i in enumerate(made.timesteps):
-            x = made.step(network(made.scale_model_input(x, i), i + 1), i, x).prev_sample
-            if k % 2 == 1: yield x * alphas[(k + 1) // 2]
-        yield x
-    return times, steps()
-
-
-def theirs_dpm(n, kind="dpmsolver++", spacing="trailing", **more):
-    made = scheduler("DPMSolverMultistepScheduler", n, algorithm_type=kind, timestep_spacing=spacing, **more)
-    times = [(i.item() + 1) / TIMES for i in made.timesteps] + [0.]
-    def steps():
-        x = normal(0)
-        for tell.step, i in enumerate(made.timesteps):
-            x = made.step(network(x, i + 1), i, x).prev_sample.double()
-            yield x
-    return times, steps()
-
-
-def theirs_inverse(n, spacing):
-    made = scheduler("DDIMInverseScheduler", n, clip_sample=False, timestep_spacing=spacing)
-    times = [0.] + [(i.item() + 1) / TIMES for i in made.timesteps]
-    def steps():
-        x = normal(0)
-        for i in made.timesteps:
-            x = made.step(network(x, i + 1), i, x).prev_sample
-            yield x
-    return times, steps()
-
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.usefixtures("same_noise")]
 
 CASES = {
-    "DDIM, eta 0": (partial(sample, eta=0.), partial(theirs_ddim, 10)),
-    "DDIM, eta 0, leading": (partial(sample, eta=0.), partial(theirs_ddim, 10, spacing="leading")),
-    "DDIM, eta 0, clipped": (partial(sample, eta=0.), partial(theirs_ddim, 10, clip=True)),
-    "DDIM, eta .5": (partial(sample, eta=.5), partial(theirs_ddim, 10, eta=.5)),
-    "DDIM, eta 1": (partial(sample, eta=1.), partial(theirs_ddim, 10, eta=1.)),
-    "DDIM, eta .5, as euler_ancestral": (partial(euler_ancestral, eta=.5), partial(theirs_ddim, 10, eta=.5)),
-    "DDIM, eta 1, as euler_ancestral": (euler_ancestral, partial(theirs_ddim, 50, eta=1.)),
-    "DDIM inverse, leading": (ddim_invert, partial(theirs_inverse, 10, "leading")),
-    "DDIM inverse, trailing": (ddim_invert, partial(theirs_inverse, 20, "trailing")),
-    "Euler, against DDIM": (partial(sample, eta=0.), partial(theirs_sigma, "EulerDiscreteScheduler", 10)),
-    "Euler ancestral": (euler_ancestral, partial(theirs_sigma, "EulerAncestralDiscreteScheduler", 10)),
-    "Euler ancestral, against DDPM": (partial(sample, eta=1.), partial(theirs_sigma, "EulerAncestralDiscreteScheduler", 20)),
-    "Heun": (heun, partial(theirs_heun, 10)),
-    "Heun, leading": (heun, partial(theirs_heun, 10, spacing="leading")),
-    "Heun, clipped": (heun, partial(theirs_heun, 10, clip=True)),
-    "DPM++ 2M, 5 steps": (dpmpp_2m, partial(theirs_dpm, 5)),
-    "DPM++ 2M, 10 steps": (dpmpp_2m, partial(theirs_dpm, 10)),
-    "DPM++ 2M, 20 steps, linspace": (dpmpp_2m, partial(theirs_dpm, 20, spacing="linspace")),
-    "DPM++ 2M SDE, 10 steps": (dpmpp_2m_sde, partial(theirs_dpm, 10, kind="sde-dpmsolver++")),
-    "DPM++ 2M SDE, 20 steps": (dpmpp_2m_sde, partial(theirs_dpm, 20, kind="sde-dpmsolver++")),
-    "first order SDE-DPM++, against DDPM": (partial(sample, eta=1.),
-                                            partial(theirs_dpm, 10, kind="sde-dpmsolver++", solver_order=1)),
-    "first order DPM++, against DDIM": (partial(sample, eta=0.), partial(theirs_dpm, 10, solver_order=1)),
+    "DDIM": (sample, partial(theirs_ddim, 10), FREE),
+    "DDIM, leading": (sample, partial(theirs_ddim, 10, spacing="leading"), FREE),
+    "DDIM, clipped": (sample, partial(theirs_ddim, 10, clip=True), 1.),
+    "Euler, against DDIM": (sample, partial(theirs_sigma, "EulerDiscreteScheduler", 10), FREE),
+    "Heun": (heun, partial(theirs_heun, 10), FREE),
+    "Heun, leading": (heun, partial(theirs_heun, 10, spacing="leading"), FREE),
+    "Heun, clipped": (heun, partial(theirs_heun, 10, clip=True), 1.),
+    "DPM++ 2M, 5 steps": (dpmpp_2m, partial(theirs_dpm, 5), FREE),
+    "DPM++ 2M, 10 steps": (dpmpp_2m, partial(theirs_dpm, 10), FREE),
+    "DPM++ 2M, 20 steps, linspace": (dpmpp_2m, partial(theirs_dpm, 20, spacing="linspace"), FREE),
+    "first order DPM++, against DDIM": (sample, partial(theirs_dpm, 10, solver_order=1), FREE),
 }
-
-
-def largest_error(name):
-    "Over all steps: the largest difference, in units of the largest value of that step (at least 1)."
-    ours, theirs = CASES[name]
-    times, steps = theirs()
-    more = {} if ours is ddim_invert else dict(clamp=1. if "clipped" in name else FREE)
-    mine = ours(predict, PROCESS, normal(0), times, draws=Told(), **more)
-    off, k = 0., 0
-    for k, (a, b) in enumerate(zip(mine, steps, strict=True), 1):
-        off = max(off, ((a - b).abs().max() / b.abs().max().clamp_min(1)).item())
-    assert k == len(times) - 1
-    return off
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_diffusers(name, record_property):
-    off = largest_error(name)
+    off = largest_error(*CASES[name])
     record_property("largest error", off)
     assert off < 1e-5, off
 
 
 def test_the_comparison_can_fail():
     "Neighbouring methods differ by far more than the bound."
-    for ours, name in ((dpmpp_2m, "Heun"), (partial(sample, eta=0.), "DPM++ 2M, 10 steps"), (dpmpp_2m, "DPM++ 2M SDE, 10 steps")):
-        CASES["wrong"] = ours, CASES[name][1]
-        assert largest_error("wrong") > 1e-3
-        del CASES["wrong"]
+    for ours, name in ((dpmpp_2m, "Heun"), (sample, "DPM++ 2M, 10 steps"), (heun, "DDIM")):
+        assert largest_error(ours, CASES[name][1], FREE) > 1e-3
 
 
 # ---- one picture of all processes ----
-CENTRES = torch.tensor([[1., 0.], [-.5, .8], [-.5, -.8]], dtype=torch.float64)
 LINE = LinearPath()
 
 
@@ -240,12 +88,12 @@ def test_more_steps_come_closer():
 
 
 @pytest.mark.parametrize("process", [VP(linear_betas()), VP(cosine_betas()), EDM(), LINE], ids=["vp", "cosine", "edm", "line"])
-@pytest.mark.parametrize("sampler", [heun, dpmpp_2m, dpmpp_2m_sde, euler_ancestral])
+@pytest.mark.parametrize("sampler", [heun, dpmpp_2m])
 def test_every_process_draws_the_same_mixture(process, sampler):
     "Share of each centre, and the spread around it, whatever the noise process."
-    draws, c = Draws(1, torch.arange(2000)), process.coefs(torch.ones(1))
-    x = draws.normal("start", 2).double() * (c.alpha**2 + c.sigma**2).sqrt().double()
-    out = final(sampler, 200 if sampler is euler_ancestral else 50, process, x=x, draws=draws)
+    c = process.coefs(torch.ones(1))
+    x = torch.randn(2000, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * (c.alpha**2 + c.sigma**2).sqrt().double()
+    out = final(sampler, 50, process, x=x)
     d, k = (out[:, None] - CENTRES).square().sum(2).sqrt().min(1)
     assert out.isfinite().all()
     assert (torch.bincount(k, minlength=3) / 2000 - 1 / 3).abs().max() < .05
@@ -275,8 +123,16 @@ def test_the_ends_of_the_line():
         for k in range(other): assert torch.allclose(got[k], want[k])
         assert not torch.allclose(got[other], want[other])
         assert torch.allclose(got[3], p(got[2], torch.full((5,), .2, dtype=torch.float64))[0])
-    fresh = list(euler_ancestral(p, LINE, x, ts, draws=Draws(0, torch.arange(5)), clamp=FREE))
-    assert all(g.isfinite().all() for g in fresh)
+
+
+def test_heun_in_guesses():
+    "Equation 4 of the page: DDIM's point and a multiple of the change of the guess."
+    process, x, ts = EDM(), 3 * torch.randn(20, 2, dtype=torch.float64), torch.tensor([.6, .5, 0.], dtype=torch.float64)
+    p = exact(process, CENTRES)
+    l, l_next = process.coefs(ts[:2]).sigma.double()
+    ddim, got = next(sample(p, process, x, ts, clamp=FREE)), next(heun(p, process, x, ts, clamp=FREE))
+    before, after = p(x, ts[:1].expand(20))[0], p(ddim, ts[1:2].expand(20))[0]
+    assert torch.allclose(got, ddim + (l / l_next - 1) / 2 * (after - before), atol=1e-5)
 
 
 def test_calls_of_the_network():
@@ -301,28 +157,6 @@ def test_clamped_pictures_keep_their_point():
     x0, noise = samplers.believed(predict, x, t, c, 1.)
     assert x0.abs().max() <= 1 < predict(x, t)[0].abs().max()
     assert torch.allclose(c.alpha * x0 + c.sigma * noise, x)
-
-
-def test_no_fresh_noise_at_eta_0():
-    x, ts = normal(0), torch.linspace(1, 0, 6)
-    for a, b in ((partial(euler_ancestral, eta=0.), sample), (partial(dpmpp_2m_sde, eta=0.), dpmpp_2m)):
-        for u, w in zip(a(predict, PROCESS, x, ts), b(predict, PROCESS, x, ts)): assert torch.allclose(u, w, atol=1e-5)
-    first, second = (list(dpmpp_2m_sde(predict, PROCESS, x, ts, draws=Draws(s, torch.arange(2))))[-1] for s in (0, 1))
-    assert not torch.allclose(first, second)
-
-
-# ---- inversion ----
-@pytest.mark.parametrize("process", [LINE, EDM(), VP(linear_betas())], ids=["line", "edm", "vp"])
-def test_inversion_comes_back(process):
-    p = exact(process, CENTRES)
-    x0 = CENTRES.repeat(20, 1) + .2 * torch.randn(60, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    def off(n, rounds):
-        ts = rho_times(process, n)
-        *_, noise = ddim_invert(p, process, x0, ts.flip(0), rounds=rounds)
-        *_, back = sample(p, process, noise, ts, clamp=FREE)
-        return (back - x0).norm(dim=1).median().item() # points between the centres are not sent back by any sampler
-    once, often, fine = off(20, 1), off(20, 20), off(80, 1)
-    assert often < .05 * once and fine < .5 * once, (once, often, fine)
 
 
 # ---- spacing ----
@@ -352,101 +186,23 @@ def test_leading_is_diffusers_default():
     assert leading(None, 10)[0] == .901 and made.config.timestep_spacing == "leading"
 
 
-# ---- learned variance ----
-def small_world():
-    data = load("digits")
-    config = ddpm.recipe_for(data, "smoke") | dict(max_len=12)
-    torch.manual_seed(0)
-    tok, den = build_learned(config, 200)
-    b = data.batch("test", Draws(0, torch.arange(6)))
-    return tok, den, ((b.x + 1) * 127.5).round() / 127.5 - 1, tok(b.captions)
+def test_grids_go_to_the_data():
+    for name, grid in GRIDS.items():
+        ts = torch.as_tensor(grid(PROCESS, 10))
+        assert len(ts) == 11 and ts[-1] == 0 and (ts.diff() < 0).all() and (ts[0] == 1) == (name != "leading")
 
 
-def test_variances_equal_diffusers():
-    made = scheduler("DDPMScheduler", TIMES, variance_type="learned_range")
-    i = torch.tensor([2, 3, 50, 500, 1000])
-    small, large = chain_variances(PROCESS, i)
-    for share in (-1., -.2, .7, 1.):
-        want = torch.stack([made._get_variance(int(k) - 1, torch.tensor(share)) for k in i])
-        got = (share + 1) / 2 * large + (1 - share) / 2 * small
-        assert torch.allclose(got, want.double(), atol=1e-5)
+# ---- measured ----
+def test_solver_errors_fall():
+    off = solver_errors(exact(LINE, CENTRES), LINE, torch.randn(50, 2, dtype=torch.float64), (9, 65), 150, even)
+    assert set(off) == set(samplers.SAMPLERS) and all(e["65"] < .6 * e["9"] for e in off.values()), off
 
 
-def test_bound_with_the_posterior_is_ddpms():
-    "Steps 2..T: the error of eps, weighted as in the DDPM chapter; step 1 against the sum over all 256 grey levels."
-    tok, den, x0, cond = small_world()
-    process, T = den.process, 200
-    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
-    eps_hat = noise + .1 * torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
-    for k in (2, 3, 50, 200):
-        i = torch.full((6,), k)
-        got = bound_terms(process, i, x0, noise, x0, eps_hat, 0.)
-        want = ddpm.vlb_weight(process, i.double() / T).double() / T * (eps_hat - noise).square().flatten(1).mean(1)
-        assert torch.allclose(got * math.log(2), want, rtol=1e-4)
-    levels = torch.linspace(-1, 1, 256, dtype=torch.float64).view(-1, 1, 1, 1)
-    one = torch.ones(256, dtype=torch.long)
-    bits = bound_terms(process, one, levels, 0 * levels, torch.full_like(levels, .3), 0 * levels, .4)
-    assert abs((-bits * math.log(2)).exp().sum() - 1) < 1e-6, "probabilities of all grey levels"
+def test_sweep(runs_at_smoke):
+    rows = made(sweep, **runs_at_smoke("samplers"))
+    assert {k.split(".")[0] for k in rows} == {"setting", "rows", "nfe", "solver", "spacing"}
+    assert rows["nfe.heun.5.seed0"]["calls"] == 5 and rows["nfe.heun.5.seed0"]["steps"] == 3
+    assert rows["solver.uniform.ddim.seed0"].keys() == {"3", "5"} and not [k for k in rows if k.startswith("spacing.uniform")]
 
 
-def test_best_variance_is_the_one_with_the_least_bound():
-    "The optimum over the variance of a Gaussian: posterior + squared error of the mean; the gradient finds it."
-    tok, den, x0, cond = small_world()
-    i, noise = torch.full((6,), 20), torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
-    eps_hat = noise + .3
-    shares = torch.linspace(-1, 3, 400)
-    bits = torch.stack([bound_terms(den.process, i, x0, noise, x0, eps_hat, s.item())[0] for s in shares])
-    small, large = (v[0] for v in chain_variances(den.process, i))
-    k = den.process.betas[19] / ((1 - den.process.abar(torch.tensor(20))) * (1 - den.process.betas[19])).sqrt()
-    best = (small.exp() + (k * .3)**2).log()
-    assert abs(shares[bits.argmin()] - (best - small) / (large - small)) < .02
-
-
-def test_bound_moves_the_variance_only():
-    tok, den, x0, cond = small_world()
-    for p in den.net.net.head.parameters(): torch.nn.init.normal_(p, std=.05)
-    draws = Draws(0, torch.arange(6))
-    def grads(hybrid):
-        den.hybrid = hybrid
-        return torch.autograd.grad(den.loss(x0, cond, draws).mean(), den.net.net.head.weight)[0]
-    with_bound, without = grads(.001), grads(0.)
-    half = len(without) // 2 # pixel_shuffle: the first channels' four sub-pixels first
-    assert torch.allclose(with_bound[:half], without[:half], atol=1e-7) and without[half:].abs().max() == 0
-    assert with_bound[half:].abs().max() > 0
-
-
-def test_bits_of_shares():
-    tok, den, x0, cond = small_world()
-    draws = Draws(0, torch.arange(6))
-    def near(x_t, t, cond): # a good network: nine tenths of the picture
-        c = den.coefs(t, x_t)
-        return .9 * x0, (x_t - .9 * c.alpha * x0) / c.sigma, torch.full_like(x_t, .5)
-    den.predict_all = near
-    posterior, middle, learned = bits_with(den, x0, cond, draws, [0., .5, None], 128)
-    assert torch.allclose(middle, learned) and not torch.allclose(posterior, middle)
-    want = ddpm.bits_per_dim(den, x0, cond, draws, 199)
-    # the decoder's variance differs: beta of step 1 there, the posterior's of step 2 here
-    i = torch.ones(6, dtype=torch.long)
-    noise = draws.normal("noise", *x0.shape[1:])
-    c = den.coefs(i / 200, x0)
-    x0_hat, eps_hat, _ = near(c.alpha * x0 + c.sigma * noise, i / 200, cond)
-    first = [bound_terms(den.process, i, x0, noise, x0_hat, eps_hat, s).mean() for s in (0., 1.)]
-    assert abs((posterior.mean() - first[0]) / (want.mean() - first[1]) - 1) < .1
-
-
-def test_a_fixed_share_is_ddpms_sampler():
-    tok, den, x0, cond = small_world()
-    x, ts = torch.randn(6, 1, 16, 16), torch.linspace(1, 0, 9)
-    p = lambda x, t: (*den.predict(x, t, cond), 0.)
-    with torch.no_grad():
-        for share, large in ((0., False), (1., True)):
-            ours = varied(p, den.process, x, ts, draws=Draws(0, torch.arange(6)), share=share)
-            want = sample(lambda x, t: p(x, t)[:2], den.process, x, ts, eta=1., large=large, draws=Draws(0, torch.arange(6)))
-            for a, b in zip(ours, want, strict=True): assert torch.allclose(a, b, atol=1e-4)
-
-
-if __name__ == "__main__":
-    import diffusers
-    print("diffusers", diffusers.__version__)
-    tell(setattr)
-    for name in CASES: print(f"{name:40} {largest_error(name):.1e}")
+if __name__ == "__main__": printed(CASES)

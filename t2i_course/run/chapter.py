@@ -38,7 +38,7 @@ def at_scale(
 
 def run_chapter(
     chapter,  # 'flow_matching', or '01_flow_matching' as its notebook is called
-    seeds=(0, 1, 2),  # of the runs
+    seeds=None,  # of the runs; default as many as SEEDS of the sweep says, or three
     seconds=None,  # training time of a row; default 60
     out=None,  # file to write; default results/CHAPTER.json
 ):
@@ -49,6 +49,7 @@ def run_chapter(
     if hasattr(mod, "make"):  # it writes something else than arms
         return mod.make(out)
     path, card = result_file(out, name), hasattr(mod, "paradigm")
+    seeds = seeds or tuple(range(getattr(mod, "SEEDS", 3)))
     seconds = seconds or (getattr(mod, "SECONDS", 60) if current_scale() != "smoke" or card else 3)
     arms = [(f"row.{d}", partial(row_on, name, d, seeds, seconds)) for d in getattr(mod, "ROWS", ())]
     also, modules = {}, [mod.__name__]

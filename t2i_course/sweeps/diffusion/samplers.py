@@ -1,212 +1,124 @@
-"The sweeps of the samplers chapter: quality against calls, eta, spacing, inversion, learned variance."
+"The sweeps of the samplers chapter: solvers of the ODE against calls of the network, and spacings of their steps."
 
-import math
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 
 import torch
 
+from t2i_course.core.counting import parameters
 from t2i_course.core.data import Draws
-from t2i_course.core.sources import load
-from t2i_course.core.experiments import best_precision, fit
+from t2i_course.core.experiments import best_precision
 from t2i_course.core.metrics import evaluate, judge_for, reference
-from t2i_course.diffusion.ddpm import build, drawer, guided, recipe_for, sample, v
-from t2i_course.diffusion.samplers import (
-    SAMPLERS,
-    bits_with,
-    build_learned,
-    dpmpp_2m,
-    heun,
-    inversion_error,
-    leading,
-    rho_times,
-    solver_errors,
-    steps_for,
-    three,
-    uniform,
-    varied,
-)
+from t2i_course.core.sources import load
+from t2i_course.diffusion.ddpm import drawer, guided
+from t2i_course.diffusion.samplers import GRIDS, SAMPLERS, heun, solver_errors, steps_for, uniform
 
-CALLS = (5, 8, 10, 15, 20, 50, 100)
+RUNS = dict(
+    mnist=dict(recipe="ddpm", data="mnist", images=1_000_000, changes=dict(target="v"), ship="mnist_ddpm")
+)
+CALLS = (5, 8, 10, 15, 20, 50)
+SEEDS = 10  # of noise, on one model
 SWEEP = dict(
     smoke=dict(
-        images=192,  # of training
-        n=16,  # drawings of a row
+        n=16,  # drawings of a noise seed
         nfe=(3, 5),  # calls of the network
-        long=(6,),  # calls of the two samplers that may need them
-        learned=(3, 4),  # steps with a learned variance
-        pictures=4,  # that are inverted
-        invert=(3, 5),  # steps up, and as many down
-        look=4,  # pictures whose bits are counted
+        few=(5,),  # those at which spacings are compared
+        pictures=4,  # that are followed to the solution of the ODE
+        fine=6,  # steps of this solution
     ),
-    demo=dict(
-        images=60_000,
-        n=400,
-        nfe=CALLS,
-        long=(250, 1000),
-        learned=(5, 10, 25, 50, 100),
-        pictures=64,
-        invert=(10, 20, 50, 100),
-        look=128,
-    ),
-    full=dict(
-        images=4_000_000,
-        n=10_000,
-        nfe=CALLS,
-        long=(250, 1000),
-        learned=(10, 25, 50, 100, 200, 400, 1000),
-        pictures=1000,
-        invert=(10, 20, 50, 100, 200, 500),
-        look=1000,
-    ),
+    demo=dict(n=400, nfe=CALLS, few=(10, 20), pictures=20, fine=100),
+    full=dict(n=5_000, nfe=CALLS + (100, 250), few=(10, 20), pictures=100, fine=200),
 )
 
 
-def asked_for(den, target):
-    "Change what the network is asked for"
-    den.target = target
+class OnModel:
+    "What is measured on one finished run: its data, its judge and a row for each way to draw"
+
+    def __init__(
+        self,
+        run,  # a Finished
+        n: int,  # drawings of a row
+    ):
+        self.run, self.n = run, n
+
+    @property
+    def data(self):
+        return _load(self.run.config.data)
+
+    @property
+    def device(self):
+        return next(self.run.model.net.parameters()).device
+
+    def setting(self, **more) -> dict:
+        "What all arms share"
+        floor = reference(self.data, judge_for(self.data), self.n)["floor"]["fd_floor"]
+        about = dict(model=f"{self.run.config.recipe}, target {self.run.config.target}", guidance=1.0)
+        about |= dict(data=self.data.name, images=self.run.config.images, n=self.n, fd_floor=floor)
+        return about | dict(precision=best_precision(), **more)
+
+    def full_row(self, sampler, ts, seed, **about) -> dict:
+        "A row of the protocol"
+        den = self.run.model
+        draw = drawer(den, self.run.tok, self.run.config.shape, ts, sampler=sampler)
+        row = evaluate(draw, self.data, judge_for(self.data), self.n, seed)
+        return row | dict(params=parameters(den.net), images=self.run.config.images) | about
+
+    def row(self, sampler, grid, n, seed, **about) -> dict:
+        "The numbers of a sampler that are compared: the same captions for all, start noise by the seed"
+        o = self.full_row(sampler, grid(self.run.model.process, n), seed)
+        keys = ("fd", "fd_unseen", "fd_unseen_floor", "precision", "recall")
+        return {k: o[k] for k in keys if k in o} | dict(obedience=o["obedience"]["all"]) | about
+
+    def pictures(self, split, n, seed):
+        "Pictures of a split, on the device of the model"
+        return self.data.batch(split, Draws(seed, torch.arange(n)))
 
 
-def silenced(den):
-    "Take the bound out of the loss"
-    den.hybrid = 0.0
+@cache
+def _load(name):
+    return load(name)
 
 
-def base_sweep(
-    base,  # base() -> tokenizer, trained Denoiser
-    short,  # short(tok, den, sampler, ts) -> a short row
-    data,  # captioned pictures
-    s: dict,  # a row of SWEEP
-    etas,  # numbers of steps of the sweep over eta
-    fine: int,  # steps of the ODE's solution
-    seed: int,  # of the noise
-):  # yields (key, make)
-    "Everything that is measured on one model: samplers, eta, spacing, inversion"
-
-    def look(sampler, grid, n, **about):
-        tok, den = base()
-        return short(tok, den, sampler, grid(den.process, n)) | about
-
-    for nfe in s["nfe"] + s["long"]:
-        for name, sampler in SAMPLERS.items():
-            if nfe in s["long"] and name not in ("ancestral", "ddim"):
-                continue
-            n = steps_for(sampler, nfe)
-            calls = 2 * n - 1 if sampler is heun else n
-            yield f"nfe.{name}.{nfe}", partial(look, sampler, uniform, n, steps=n, calls=calls)
-    for n in etas:
-        for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-            yield f"eta.{n}.{int(100 * share)}", partial(look, partial(sample, eta=share), uniform, n)
-    grids = dict(uniform=uniform, leading=leading, rho7=rho_times, log_snr=partial(rho_times, rho=math.inf))
-    for name, grid in grids.items():
-        for way in ("ddim", "heun", "dpmpp_2m"):
-            yield f"spacing.{name}.{way}", partial(look, SAMPLERS[way], grid, steps_for(SAMPLERS[way], 10))
-    yield from inversions(base, data, s, fine, seed)
-
-
-def inversions(
-    base,  # base() -> tokenizer, trained Denoiser
-    data,  # captioned pictures
-    s: dict,  # a row of SWEEP
-    fine: int,  # steps of the ODE's solution
-    seed: int,  # of pictures and noise
-):  # yields (key, make)
-    "How far samplers are from the ODE's solution, and how well pictures come back from their noise"
-
-    @cache
-    def test():
-        b, (tok, _) = data.batch("test", Draws(seed, torch.arange(s["pictures"]))), base()
-        return b.x, tok(b.captions)
-
-    @cache
-    def solved():
-        (_, den), (_, cond) = base(), test()
-        noise = Draws(seed, torch.arange(len(cond))).normal("start", *data.shape)
-        return solver_errors(guided(den, cond), den.process, noise, s["nfe"], fine)
-
-    def inverted(name, n):
-        (tok, den), (x, cond) = base(), test()
-        plain, loud, silent = guided(den, cond), guided(den, cond, 3.0), guided(den, tok([""] * len(cond)))
-        up, rounds, down = dict(
-            caption=(plain, 1, None),
-            empty=(silent, 1, None),
-            guided=(loud, 1, None),
-            caption_4_rounds=(plain, 4, None),
-            guided_down_only=(plain, 1, loud),
-        )[name]
-        off, std = inversion_error(up, den.process, x, n, rounds, down)
-        return dict(rms=off, noise_std=std)
-
-    for name in ("ddim", "heun", "dpmpp_2m"):
-        yield f"solver.{name}", lambda name=name: solved()[name]
-    for n in s["invert"]:
-        for name in ("caption", "empty", "guided", "caption_4_rounds", "guided_down_only"):
-            yield f"inversion.{name}.{n}", partial(inverted, name, n)
+def calls_of(sampler, nfe: int) -> dict:
+    "Steps, and the calls that they really are"
+    n = steps_for(sampler, nfe)
+    return dict(steps=n, calls=2 * n - 1 if sampler is heun else n)
 
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=(0, 1, 2),  # of weights, data and start noise
+    seeds=tuple(range(10)),  # of the start noise
+    mnist=None,  # the run that everything is measured on
 ):  # yields ('key.path', make), and make() gives the value
-    "Samplers against calls of the network, eta, spacing, inversion, learned variance"
-    s, data = SWEEP[scale], load("digits")
-    judge, config = judge_for(data), recipe_for(data, scale) | dict(max_len=12)
-    precision = best_precision()
-    etas, fine = (s["nfe"][:1], 10) if scale == "smoke" else ((10, 50), 250)
+    "Solvers against calls of the network; spacings; distance from the solution of the ODE"
+    s = SWEEP[scale]
+    on = OnModel(mnist, s["n"])
 
-    def row(seed, tok, den, sampler, ts, guide=None):
-        draw = drawer(den, tok, data.shape, ts, sampler=sampler, guide=guide)
-        return evaluate(draw, data, judge, s["n"], seed)
+    def look(name, grid, nfe, seed):
+        about = calls_of(SAMPLERS[name], nfe)
+        return on.row(SAMPLERS[name], GRIDS[grid], about["steps"], seed, **about)
 
-    def short(*args):
-        o = row(*args)
-        return {k: o[k] for k in ("fd", "precision", "recall")} | dict(obedience=o["obedience"]["all"])
+    @cache
+    def solved(grid, seed):
+        den, labels = mnist.model, on.pictures("test", s["pictures"], seed).captions
+        noise = Draws(seed, torch.arange(len(labels))).normal("start", *mnist.config.shape).to(on.device)
+        predict = guided(den, mnist.tok(labels))
+        return solver_errors(predict, den.process, noise, s["nfe"], s["fine"], GRIDS[grid])
 
-    def setting():
-        floor = reference(data, judge, s["n"])["floor"]["fd_floor"]
-        about = dict(images=s["images"], n=s["n"], precision=precision, seeds=list(seeds))
-        return about | dict(guidance=1.0, base="target v, linear betas", fd_floor=floor)
+    def whole(seed):
+        ts, about = uniform(None, 20), dict(recipe="ddpm, target v, dpmpp_2m", nfe=20)
+        return on.full_row(SAMPLERS["dpmpp_2m"], ts, seed, **about)
 
-    @lru_cache(1)  # all that is measured on a model follows it
-    def trained(seed):
-        return fit(build, config, data, s["images"], seed, precision, change=partial(asked_for, target=v))
-
-    def base(seed):
-        return trained(seed).tok, trained(seed).model
-
-    def full_row(seed):
-        made = trained(seed)
-        drawn = row(seed, made.tok, made.model, dpmpp_2m, uniform(made.model.process, 20))
-        return drawn | made.about | dict(recipe="ddpm, target v, dpmpp_2m", nfe=20)
-
-    @lru_cache(1)
-    def learned(arm, seed):
-        change = silenced if arm == "simple" else None
-        made = fit(build_learned, config, data, s["images"], seed, precision, change=change)
-        return made.tok, made.model
-
-    @lru_cache(1)
-    def all_bits(arm, seed, shares):
-        (tok, den), draws = learned(arm, seed), Draws(seed, torch.arange(s["look"]))
-        look = data.batch("test", draws)
-        draws = Draws(seed, torch.arange(len(look.x)))
-        return bits_with(den, look.x, tok(look.captions), draws, list(shares), 64)
-
-    def bits(arm, seed, shares, i):
-        return all_bits(arm, seed, shares)[i].mean().item()
-
-    def drawn(arm, seed, share, n):
-        tok, den = learned(arm, seed)
-        return short(seed, tok, den, partial(varied, share=share), uniform(den.process, n), three)
-
-    yield "setting", setting
+    yield "setting", partial(on.setting, nfe=list(s["nfe"]), pictures=s["pictures"], fine=s["fine"])
     for seed in seeds:
-        yield f"rows.seed{seed}", partial(full_row, seed)
-        for key, make in base_sweep(partial(base, seed), partial(short, seed), data, s, etas, fine, seed):
-            yield f"{key}.seed{seed}", make
-        for arm in ("hybrid", "simple"):
-            shares = dict(posterior=0.0, beta=1.0) | (dict(learned=None) if arm == "hybrid" else {})
-            for i, name in enumerate(shares):
-                yield f"bits.{arm}.{name}.seed{seed}", partial(bits, arm, seed, tuple(shares.values()), i)
-            for name, share in shares.items():
-                for n in s["learned"]:
-                    yield f"learned.{arm}.{name}.{n}.seed{seed}", partial(drawn, arm, seed, share, n)
+        yield f"rows.seed{seed}", partial(whole, seed)
+        for name in SAMPLERS:
+            for nfe in s["nfe"]:
+                yield f"nfe.{name}.{nfe}.seed{seed}", partial(look, name, "uniform", nfe, seed)
+        for grid in GRIDS:
+            for name in SAMPLERS:
+                yield (
+                    f"solver.{grid}.{name}.seed{seed}",
+                    lambda grid=grid, name=name, seed=seed: solved(grid, seed)[name],
+                )
+                for nfe in s["few"] if grid != "uniform" else ():
+                    yield f"spacing.{grid}.{name}.{nfe}.seed{seed}", partial(look, name, grid, nfe, seed)
