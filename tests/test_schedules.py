@@ -167,13 +167,6 @@ def test_log_normal_has_edms_moments(name):
     assert torch.equal(again, t[70:80])
 
 
-def test_red_on_black_is_painted_with_one_colour():
-    draws = Draws(0, torch.arange(40))
-    one, all_colours = sweep.RedOnBlack().batch("test", draws), Painted().batch("test", draws)
-    assert torch.equal(one.attrs["digit"], all_colours.attrs["digit"]) and not one.attrs["ink"].any()
-    assert (one.x[:, 0] >= one.x[:, 1:].amax(1) - 1e-6).all() and one.x.amin() == -1
-
-
 # --- Drawing on another's steps, and the sweeps ---
 
 def test_walk_has_the_log_snrs_of_the_other_schedule():
@@ -187,12 +180,11 @@ def test_walk_has_the_log_snrs_of_the_other_schedule():
     assert torch.equal(walk(linear, linear, 4, .8), torch.linspace(.8, 0, 5, dtype=torch.float64))
 
 
-def test_experiments_yield_complete_rows():
-    found = made(sweep)
-    assert found["setting"]["target"] == "v" and set(found["setting"]["fd_floor"]) == {"digits", "painted"}
-    row = found["arms.painted.cosine.seed0"]
-    assert row["nfe"] == 6 and row["images"] == 160 and row["data"] == "painted, red on black"
+def test_experiments_yield_complete_rows(runs_at_smoke):
+    found = made(sweep, **runs_at_smoke("schedules"))
+    assert found["setting"]["target"] == "v" and len(found["setting"]["levels"]) == len(found["error.cosine.seed0"]) == 15
+    row = found["arms.cosine.seed0"]
+    assert row["nfe"] == 4 and row["images"] == 320
     assert {"recipe", "params", "train_seconds", "fd", "fd_floor", "kid", "recall", "obedience"} <= set(row)
-    assert found["skip.linear.80.seed0"]["steps"] == 5 and found["same.linear.80.seed0"]["steps"] == 6
-    assert {k for k in found if k.startswith("cross.")} == {
-        f"cross.{a}.{b}.3.seed0" for a in ("linear", "cosine") for b in ("linear", "cosine", "EDM")}
+    assert found["skip.linear.80.seed0"]["nfe"] == 3 and found["start.80.seed0"]["steps"] == 3
+    assert {k for k in found if k.startswith("cross.")} == {f"cross.{b}.3.seed0" for b in ("linear", "cosine", "EDM")}

@@ -20,7 +20,13 @@ SWEEP = dict(  # training pictures, drawings of a trained network, steps; the sa
         images=20_000, n=5_000, steps=25, look=359, drawn=300, starts=(1.0, 0.9, 0.8, 0.7, 0.6), few=(10, 50)
     ),
     full=dict(
-        images=1_000_000, n=5_000, steps=50, look=359, drawn=1_000, starts=(1.0, 0.9, 0.8, 0.7, 0.6), few=(10, 50)
+        images=1_000_000,
+        n=5_000,
+        steps=50,
+        look=359,
+        drawn=1_000,
+        starts=(1.0, 0.9, 0.8, 0.7, 0.6),
+        few=(10, 50),
     ),
 )
 ARMS = ("linear", "cosine", "sigmoid", "sigmoid beta")
@@ -94,4 +100,3 @@ def experiments(
         for other in ("linear", "cosine", "EDM"):
             for n in s["few"]:
                 yield f"cross.{other}.{n}.seed{seed}", partial(crossed, other, n, seed)
-
