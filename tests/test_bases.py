@@ -14,7 +14,7 @@ from t2i_course.diffusion.samplers import dpmpp_2m, uniform
 from t2i_course.run import bases
 from t2i_course.run.bases import names_shipped, trained, versions_of, wanted_runs
 from t2i_course.run.chapter import run_chapter
-from t2i_course.run.ship import MOST, WORST, rounding, halves, ship, shipped_from
+from t2i_course.run.ship import MOST, WORST, asked_for, halves, rounding, ship, shipped_from
 from t2i_course.run.stamp import stamp
 
 SMALL = dict(recipe="ddpm", data="digits", images=64, changes=dict(target="v"))
@@ -159,3 +159,13 @@ def test_the_shipped_model():
     read = load_judge("mnist").read(x)["digit"]
     assert (read == torch.arange(20) % 10).float().mean() > .7
     assert Draws(0, torch.arange(2)).normal("start", 1, 28, 28).shape[1:] == tuple(card["config"]["shape"])
+
+
+def test_a_shipped_model_is_a_run_again(tmp_path):
+    given = dict(recipe="ddpm", data="mnist", images=1_000_000, changes=dict(target="v"), seed=0)
+    assert asked_for("mnist_ddpm", **given) and not asked_for("mnist_ddpm", **given | dict(images=10))
+    assert not asked_for("mnist_ddpm", **given | dict(changes=dict(target="eps"))) and not asked_for("none", **given)
+    again = trained(tmp_path / "run", "demo", **given, ship="mnist_ddpm")
+    net = shipped("mnist_ddpm")[1].net.state_dict()
+    assert all(torch.equal(v, net[k]) for k, v in again.model.net.state_dict().items())
+    assert shipped_from(again, "mnist_ddpm")

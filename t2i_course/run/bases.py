@@ -11,6 +11,7 @@ from t2i_course.run.fit import complete
 from t2i_course.run.rows import cleared
 from t2i_course.run.same import same_run
 from t2i_course.run.settings import settings
+from t2i_course.run.ship import asked_for, unpack
 from t2i_course.run.train import train_run
 
 SMOKE, NEAR = dict(images=192), "digits"  # at smoke scale a run is small, and its data need no download
@@ -41,8 +42,9 @@ def trained(
     images: int,
     changes=None,  # field -> value, in place of the recipe's own
     seed: int = 0,
+    ship=None,  # name of the model that the package keeps of it
 ):  # a Finished
-    "The run in a folder, trained where it is not there yet and to its end where it was stopped"
+    "The run in a folder, trained where neither it nor its shipped model is there, and to its end where it was stopped"
     given = dict(recipe=recipe, data=data, images=images, changes=changes or {}, seed=seed, scale=scale)
     if scale == "smoke":  # seconds: a run of other code is made anew
         cleared(out, settings(recipe, data, scale, None, images, seed, "auto", changes))
@@ -50,6 +52,10 @@ def trained(
         same_run(out, given | dict(seconds=None, size=None, precision=None, items=(), use=None))
         if complete(out, read_config(out)):
             return open_run(out)
+    elif ship and asked_for(ship, **given):
+        say(f"{out} is made from the model that the package ships: {ship}")
+        unpack(ship, out)
+        return open_run(out)
     say(f"{out} is trained first: {recipe} on {data}, {images:,} images")
     train_run(**given, out=out, resume=True)
     return open_run(out)
@@ -63,8 +69,9 @@ def runs_of(
     "What `experiments` of a sweep is given beside scale and seeds"
     found = {}
     for role, (owner, how) in wanted_runs(chapter).items():
-        how, folder = {k: v for k, v in how.items() if k != "ship"}, f"{owner}-{role}"
+        folder = f"{owner}-{role}"
         if scale == "smoke":
+            how = {k: v for k, v in how.items() if k != "ship"}
             near = dict(data=NEAR) if how["data"] in SETS else {}
             how, folder = how | SMOKE | near, f"{folder}-smoke"
         found[role] = trained(Path(work) / folder, scale, **how)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from t2i_course.core.config import to_json
+from t2i_course.core.config import from_json, to_json
 from t2i_course.core.counting import parameters
 from t2i_course.core.data import Draws
 from t2i_course.core.files import CourseError, load_tensors, make_folder, save_tensors, say, write_json
-from t2i_course.core.runfiles import model_hash
-from t2i_course.core.shipped import shipped_path
+from t2i_course.core.register import recipe
+from t2i_course.core.runfiles import config_hash, model_hash, read_config
+from t2i_course.core.shipped import model_card, shipped_path
 
 MOST = 1_500_000  # bytes of the weights
 WORST = 0.02  # of the size of an answer: the largest error that rounding may make
@@ -102,13 +103,40 @@ def shipped_from(
     run,  # a Finished
     name: str,  # of a model
 ) -> bool:
-    "Is this the run that the package's model was made from?"
+    "Does the package's model hold the numbers of this run?"
     path = shipped_path(name)
     if not path.exists():
         return False
     try:
-        load_tensors(path)
-        card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        kept, own = load_tensors(path)[0], halves(run)
     except (CourseError, OSError, ValueError):
         return False
-    return card.get("run") == model_hash(run.run)
+    return kept.keys() == own.keys() and all(torch.equal(v, own[k]) for k, v in kept.items())
+
+
+def unpack(
+    name: str,  # of a model
+    out: Path,  # a run folder, which is made
+):
+    "The run that the package's model was made from, as far as float16 has kept it: it need not be trained again"
+    card, tensors = model_card(shipped_path(name)), load_tensors(shipped_path(name))[0]
+    config = from_json(recipe(card["config"]["recipe"]).Config, card["config"], shipped_path(name))
+    make_folder(out)
+    write_json(out / "config.json", to_json(config))
+    config = read_config(out)
+    numbers = dict(images=card["images"], seconds=card["train_seconds"], params=card["parameters"])
+    write_json(out / "train.json", numbers | dict(date=card["trained_on"], unpacked_from=name))
+    wide = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    save_tensors(out / "model.safetensors", wide, config=config_hash(config))
+
+
+def asked_for(
+    name: str,  # of a model
+    **given,  # recipe, data, images, seed, and changes: field -> value
+) -> bool:
+    "Was the package's model made with these settings?"
+    if not shipped_path(name).exists():
+        return False
+    config = model_card(shipped_path(name))["config"]
+    wanted = {k: v for k, v in given.items() if k != "changes"} | (given.get("changes") or {})
+    return all(config.get(k) == v for k, v in wanted.items())
