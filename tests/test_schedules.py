@@ -183,8 +183,8 @@ def test_walk_has_the_log_snrs_of_the_other_schedule():
 def test_experiments_yield_complete_rows(runs_at_smoke):
     found = made(sweep, **runs_at_smoke("schedules"))
     assert found["setting"]["target"] == "v" and len(found["setting"]["levels"]) == len(found["error.cosine.seed0"]) == 15
-    row = found["arms.cosine.seed0"]
+    row = found["trained.cosine.seed0"]
     assert row["nfe"] == 4 and row["images"] == 320
     assert {"recipe", "params", "train_seconds", "fd", "fd_floor", "kid", "recall", "obedience"} <= set(row)
-    assert found["skip.linear.80.seed0"]["nfe"] == 3 and found["start.80.seed0"]["steps"] == 3
-    assert {k for k in found if k.startswith("cross.")} == {f"cross.{b}.3.seed0" for b in ("linear", "cosine", "EDM")}
+    assert found["later.linear.80.seed0"]["nfe"] == 3 and found["start.80.seed0"]["steps"] == 3
+    assert {k for k in found if k.startswith("steps.")} == {f"steps.{b}.3.seed0" for b in ("linear", "cosine", "EDM")}

@@ -61,10 +61,10 @@ def trained_arms(
         for name in ARMS:
             key = name.replace(" ", "_")
             yield f"error.{key}.seed{seed}", partial(errors, name, seed)
-            yield f"arms.{key}.seed{seed}", partial(row, name, 1.0, seed)
+            yield f"trained.{key}.seed{seed}", partial(row, name, 1.0, seed)
             if name in ("linear", "cosine"):
                 for start in (0.8, 0.6):
-                    yield f"skip.{key}.{round(100 * start)}.seed{seed}", partial(row, name, start, seed)
+                    yield f"later.{key}.{round(100 * start)}.seed{seed}", partial(row, name, start, seed)
 
 
 def experiments(
@@ -99,4 +99,4 @@ def experiments(
             yield f"start.{round(100 * start)}.seed{seed}", partial(started, start, seed)
         for other in ("linear", "cosine", "EDM"):
             for n in s["few"]:
-                yield f"cross.{other}.{n}.seed{seed}", partial(crossed, other, n, seed)
+                yield f"steps.{other}.{n}.seed{seed}", partial(crossed, other, n, seed)
