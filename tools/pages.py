@@ -40,10 +40,12 @@ def code_of(page):
     return hashlib.sha256(json.dumps(trees).encode()).hexdigest()[:12]
 
 
-def judges():
-    "Hash of the cards of the shipped judges."
-    h = hashlib.sha256()
-    for card in sorted((ROOT / "t2i_course" / "weights").glob("*.json")): h.update(card.read_bytes())
+def judges(page):
+    "Hash of the cards of the shipped judges, and of the shipped models that a page opens by their names."
+    h, text = hashlib.sha256(), Path(page).read_text(encoding="utf-8")
+    for path in sorted((ROOT / "t2i_course" / "weights").glob("*.json")):
+        card = path.read_bytes()
+        if "config" not in json.loads(card) or f"shipped('{path.stem}')" in text: h.update(card)
     return h.hexdigest()[:12]
 
 
@@ -60,7 +62,7 @@ def name_of(page):
 def is_older(page):
     "Were the outputs of a page made by other code than it shows, or never stamped?"
     stamp = stamps().get(name_of(page), {})
-    return stamp.get("scale") != "demo" or (stamp["code"], stamp["judges"]) != (code_of(page), judges())
+    return stamp.get("scale") != "demo" or (stamp["code"], stamp["judges"]) != (code_of(page), judges(page))
 
 
 def faults(notebook):
@@ -100,7 +102,7 @@ def run(page):
     if found: raise SystemExit("\n".join([f"{name_of(page)} is left as it was:", *found]))
     nbformat.write(notebook, page)
     subprocess.run([str(Path(sys.executable).with_name("nbdev_clean")), "--fname", str(page)], cwd=ROOT, check=True)
-    stamp = dict(code=code, judges=judges(), scale="demo", seconds=round(seconds), date=time.strftime("%Y-%m-%d"),
+    stamp = dict(code=code, judges=judges(page), scale="demo", seconds=round(seconds), date=time.strftime("%Y-%m-%d"),
                  hardware=hardware(), versions=versions())
     STAMPS.write_text(json.dumps(dict(sorted((stamps() | {name_of(page): stamp}).items())), indent=1) + "\n", encoding="utf-8")
     print(f"{name_of(page)}: {seconds:.0f} s", flush=True)

@@ -9,6 +9,7 @@ from importlib.util import find_spec, resolve_name
 from pathlib import Path
 
 from t2i_course.core.files import CourseError, say, write_json
+from t2i_course.core.shipped import is_model
 
 
 def code_version(
@@ -36,7 +37,8 @@ def code_version(
             ]
     h = hashlib.sha256(json.dumps(seen, sort_keys=True).encode())
     for p in sorted(Path(find_spec(top).origin).parent.glob("weights/*.json")):
-        h.update(p.read_bytes())
+        if not is_model(json.loads(p.read_bytes())):  # sweeps measure on runs, not on what is shipped
+            h.update(p.read_bytes())
     return h.hexdigest()[:12]
 
 

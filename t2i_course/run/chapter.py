@@ -11,9 +11,11 @@ from t2i_course.core.files import CourseError, write_json
 from t2i_course.core.register import sweep
 from t2i_course.core.training import has_bf16, pick_device
 from t2i_course.run.arms import code_version, make_arms
+from t2i_course.run.bases import names_shipped, runs_of, versions_of
 from t2i_course.run.card import paradigm_arms, pictures_of
 from t2i_course.run.demo import demo
 from t2i_course.run.rows import measured_rows
+from t2i_course.run.ship import ship, shipped_from
 from t2i_course.run.stamp import result_file, stamp
 
 
@@ -53,11 +55,23 @@ def run_chapter(
     if card:
         arms, also, modules = paradigm_arms(mod, seeds, seconds)
     head = stamp(name, seeds) | (dict(seconds=seconds) if arms else {}) | dict(code=code_version(*modules))
-    arms += mod.experiments(current_scale(), seeds)
+    runs = runs_of(name, current_scale()) if hasattr(mod, "RUNS") else {}
+    if runs:
+        head |= dict(runs=versions_of(runs))
+    if out is None and current_scale() == "demo":
+        ship_runs(name, runs)
+    arms += mod.experiments(current_scale(), seeds, **runs)
     make_arms(arms, head, path, getattr(mod, "MAY_AGREE", ()), also)
     if card:
         pictures_of(also["pictures"], seeds, seconds, path.with_suffix(".png"))
     print(f"{path} is complete")
+
+
+def ship_runs(name: str, runs: dict):
+    "The package keeps the model of a run; it is written where the run is not the one that it was made from"
+    for role, model in names_shipped(name).items():
+        if not shipped_from(runs[role], model):
+            ship(runs[role], model, stamp(name, [0]))
 
 
 def row_on(name: str, data: str, seeds, seconds) -> dict:
