@@ -8,6 +8,8 @@ from t2i_course.diffusion.ddpm import guided
 from t2i_course.diffusion.guidance import FIXES, interval, measured, painter, saturation
 from t2i_course.diffusion.samplers import dpmpp_2m
 
+RUNS = dict(mnist="samplers")  # the model of MNIST that the samplers' sweep trains and ships
+SEEDS = 10  # of the start noise: there is one model
 SPANS = dict(not_early=(0.0, 0.6), not_late=(0.15, 1.0), middle=(0.15, 0.6))  # t of `interval`
 GRID = dict(scales=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0), span_scale=3.0, fix_scale=5.0)
 SWEEP = dict(  # scales, drawings of a seed, calls of the sampler
@@ -21,50 +23,47 @@ KEPT = ("fd", "precision", "recall", "diversity", "diversity_real", "nearest")
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
-    seeds=tuple(range(10)),  # of the start noise: there is one model
-    mnist=None,  # a finished run: a model of MNIST that was trained with some captions dropped
+    seeds=tuple(range(SEEDS)),  # of the start noise
+    mnist=None,  # the finished run: trained with some captions dropped
 ):  # yields ('key.path', make), and make() gives the value
     "Obedience, diversity and distance for every guidance scale, interval and remedy"
-    s, data = SWEEP[scale], cache(lambda: load("mnist"))
+    s, data = SWEEP[scale], cache(lambda: load(mnist.config.data))
 
     def row(guide, seed, clamp=1.0):
         drawn = []
 
         def draw(captions, seed):
-            drawn.append(
-                painter(mnist.model, mnist.tok, data().shape, guide, s["steps"], clamp, dpmpp_2m)(
-                    captions, seed
-                )
-            )
+            paint = painter(mnist.model, mnist.tok, data().shape, guide, s["steps"], clamp, dpmpp_2m)
+            drawn.append(paint(captions, seed))
             return drawn[0]
 
         found = measured(draw, data(), s["n"], seed)
-        light = drawn[0].clamp(-1, 1).mean().item()
-        about = dict(
-            beyond=saturation(drawn[0], BEYOND), brightness=light, obedience=found["obedience"]["all"]
+        return {k: found[k] for k in KEPT} | dict(
+            obedience=found["obedience"]["all"],
+            beyond=saturation(drawn[0], BEYOND),
+            brightness=drawn[0].clamp(-1, 1).mean().item(),
         )
-        return {k: found[k] for k in KEPT} | about
 
     def setting():
         real = reference(data(), judge_for(data()), s["n"])
-        about = dict(
-            fd_floor=real["floor"]["fd_floor"], ceiling=real["ceiling"]["all"], chance=real["chance"]
-        )
-        about |= dict(
-            brightness_real=real["real"].x.mean().item(), spans={k: list(v) for k, v in SPANS.items()}
-        )
-        return (
-            s
-            | about
-            | dict(seeds=list(seeds), sampler="dpmpp_2m", images=mnist.config.images, phi=0.7, ratio=0.995)
+        return s | dict(
+            seeds=list(seeds),
+            images=mnist.config.images,
+            sampler="dpmpp_2m",
+            spans={k: list(v) for k, v in SPANS.items()},
+            phi=0.7,
+            ratio=0.995,
+            fd_floor=real["floor"]["fd_floor"],
+            ceiling=real["ceiling"]["all"],
+            brightness_real=real["real"].x.mean().item(),
         )
 
     yield "setting", setting
     for seed in seeds:
         for w in s["scales"]:
-            yield f"scale.{round(100 * w)}.seed{seed}", partial(row, partial(guided, w=w), seed)
+            yield f"scales.{round(100 * w)}.seed{seed}", partial(row, partial(guided, w=w), seed)
         for name, span in SPANS.items():
-            yield f"span.{name}.seed{seed}", partial(row, interval(s["span_scale"], *span), seed)
+            yield f"spans.{name}.seed{seed}", partial(row, interval(s["span_scale"], *span), seed)
         for name, (guide, clamp) in FIXES.items():
-            if name != "static":  # that is the sampler's own, measured under `scale`
-                yield f"fix.{name}.seed{seed}", partial(row, guide(s["fix_scale"]), seed, clamp)
+            if name != "static":  # that is the sampler's own, measured under `scales`
+                yield f"fixes.{name}.seed{seed}", partial(row, guide(s["fix_scale"]), seed, clamp)
