@@ -139,9 +139,29 @@ def answer(own, new, w):
     ],
     "diffusion.guidance": [
         (1, "the weights of the variances, not of the precisions", "def answer(m, v_c, v_u, w): return w*m,w*v_c+(1-w)*v_u"),
+        (2, "keeps with probability p", "def answer(net, x0, side, half, p): return solution_2(net, x0, side, half, 1-p)"),
+        (2, "drops the side only", """
+def answer(net, x0, side, half, p): return squared_error(net, x0, torch.where(coin(x0, p), 2, side), half)
+"""),
+        (2, "the noise in place of the clean point", """
+def answer(net, x0, side, half, p):
+    t = .05+.55*torch.rand(len(x0))
+    co,noise = vp.coefs(t),torch.randn_like(x0)
+    side,half = (torch.where(coin(x0, p), 2, k) for k in (side, half))
+    return (net(co.alpha[:,None]*x0+co.sigma[:,None]*noise, t, side, half)-noise).square().mean()
+"""),
+        (3, "one step too many", "def answer(w, least): return solution_3(w, least)+.05"),
     ],
     "diffusion.terminal_snr": [
-        (2, "to zero, whatever was asked", "def answer(betas, last): return rescale_zero_terminal_snr(betas)"),
+        (1, "the noise of one number, not of the mean", "def answer(alpha, sigma, gap, n): return normal.cdf(torch.tensor(alpha*gap/sigma)).item()"),
+        (2, "trained for v, read as x0", """
+def answer(net, process):
+    return repair_with(v)(net, process)[0],repair_with(x0)(net, process)[1]
+"""),
+        (2, "v with the other sign", """
+def answer(net, process): return repair_with(lambda c: tuple(-u for u in v(c)))(net, process)
+"""),
+        (3, "gray as far as the outer heaps", "def answer(alpha): return 2*solution_3(alpha)"),
     ],
     "flow.flow_matching": [
         (2, "the midpoint in place of Heun", """

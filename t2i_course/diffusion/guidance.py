@@ -77,10 +77,11 @@ def painter(
     guide,           # guide(den, cond) -> predict
     steps:int=25,    # of the sampler
     clamp:float=1.,  # see `sample`; inf switches the static threshold off
+    walk=sample,     # or another deterministic sampler
 ):                   # draw(captions, seed) -> (n c h w)
     "Deterministic sampling with this guide: the same noise whatever the guide"
-    walk = partial(sample, clamp=clamp)
-    return drawer(den, tok, shape, torch.linspace(1, 0, steps+1), sampler=walk, guide=guide)
+    ts = torch.linspace(1, 0, steps+1)
+    return drawer(den, tok, shape, ts, sampler=partial(walk, clamp=clamp), guide=guide)
 
 # %% ../../nbs/04_diffusion/09_guidance.ipynb #781a1ba3
 # ---- measures ----
