@@ -10,12 +10,10 @@ from functools import cache, partial
 import pytest
 import torch
 from t2i_course.core.data import Draws
-from t2i_course.core.sources import load
 from t2i_course.diffusion import ddpm, samplers
 from t2i_course.diffusion.ddpm import VP, Coefs, linear_betas, sample, view
-from t2i_course.diffusion.samplers import (bits_with, bound_terms, build_learned, chain_variances, ddim_invert, dpmpp_2m,
-                                           dpmpp_2m_sde, euler_ancestral, exact, heun, leading, order, rho_times,
-                                           steps_for, varied)
+from t2i_course.diffusion.samplers import (ddim_invert, dpmpp_2m, dpmpp_2m_sde, euler_ancestral, exact, heun, leading, order,
+                                           rho_times, steps_for)
 from t2i_course.diffusion.schedules import EDM, cosine_betas
 from t2i_course.flow.flow_matching import LinearPath
 
@@ -350,99 +348,6 @@ def test_leading_is_diffusers_default():
     made = scheduler("DDIMScheduler", 10)
     assert torch.allclose(leading(None, 10), torch.cat([(made.timesteps + 1) / TIMES, torch.zeros(1)]))
     assert leading(None, 10)[0] == .901 and made.config.timestep_spacing == "leading"
-
-
-# ---- learned variance ----
-def small_world():
-    data = load("digits")
-    config = ddpm.recipe_for(data, "smoke") | dict(max_len=12)
-    torch.manual_seed(0)
-    tok, den = build_learned(config, 200)
-    b = data.batch("test", Draws(0, torch.arange(6)))
-    return tok, den, ((b.x + 1) * 127.5).round() / 127.5 - 1, tok(b.captions)
-
-
-def test_variances_equal_diffusers():
-    made = scheduler("DDPMScheduler", TIMES, variance_type="learned_range")
-    i = torch.tensor([2, 3, 50, 500, 1000])
-    small, large = chain_variances(PROCESS, i)
-    for share in (-1., -.2, .7, 1.):
-        want = torch.stack([made._get_variance(int(k) - 1, torch.tensor(share)) for k in i])
-        got = (share + 1) / 2 * large + (1 - share) / 2 * small
-        assert torch.allclose(got, want.double(), atol=1e-5)
-
-
-def test_bound_with_the_posterior_is_ddpms():
-    "Steps 2..T: the error of eps, weighted as in the DDPM chapter; step 1 against the sum over all 256 grey levels."
-    tok, den, x0, cond = small_world()
-    process, T = den.process, 200
-    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
-    eps_hat = noise + .1 * torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
-    for k in (2, 3, 50, 200):
-        i = torch.full((6,), k)
-        got = bound_terms(process, i, x0, noise, x0, eps_hat, 0.)
-        want = ddpm.vlb_weight(process, i.double() / T).double() / T * (eps_hat - noise).square().flatten(1).mean(1)
-        assert torch.allclose(got * math.log(2), want, rtol=1e-4)
-    levels = torch.linspace(-1, 1, 256, dtype=torch.float64).view(-1, 1, 1, 1)
-    one = torch.ones(256, dtype=torch.long)
-    bits = bound_terms(process, one, levels, 0 * levels, torch.full_like(levels, .3), 0 * levels, .4)
-    assert abs((-bits * math.log(2)).exp().sum() - 1) < 1e-6, "probabilities of all grey levels"
-
-
-def test_best_variance_is_the_one_with_the_least_bound():
-    "The optimum over the variance of a Gaussian: posterior + squared error of the mean; the gradient finds it."
-    tok, den, x0, cond = small_world()
-    i, noise = torch.full((6,), 20), torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
-    eps_hat = noise + .3
-    shares = torch.linspace(-1, 3, 400)
-    bits = torch.stack([bound_terms(den.process, i, x0, noise, x0, eps_hat, s.item())[0] for s in shares])
-    small, large = (v[0] for v in chain_variances(den.process, i))
-    k = den.process.betas[19] / ((1 - den.process.abar(torch.tensor(20))) * (1 - den.process.betas[19])).sqrt()
-    best = (small.exp() + (k * .3)**2).log()
-    assert abs(shares[bits.argmin()] - (best - small) / (large - small)) < .02
-
-
-def test_bound_moves_the_variance_only():
-    tok, den, x0, cond = small_world()
-    for p in den.net.net.head.parameters(): torch.nn.init.normal_(p, std=.05)
-    draws = Draws(0, torch.arange(6))
-    def grads(hybrid):
-        den.hybrid = hybrid
-        return torch.autograd.grad(den.loss(x0, cond, draws).mean(), den.net.net.head.weight)[0]
-    with_bound, without = grads(.001), grads(0.)
-    half = len(without) // 2 # pixel_shuffle: the first channels' four sub-pixels first
-    assert torch.allclose(with_bound[:half], without[:half], atol=1e-7) and without[half:].abs().max() == 0
-    assert with_bound[half:].abs().max() > 0
-
-
-def test_bits_of_shares():
-    tok, den, x0, cond = small_world()
-    draws = Draws(0, torch.arange(6))
-    def near(x_t, t, cond): # a good network: nine tenths of the picture
-        c = den.coefs(t, x_t)
-        return .9 * x0, (x_t - .9 * c.alpha * x0) / c.sigma, torch.full_like(x_t, .5)
-    den.predict_all = near
-    posterior, middle, learned = bits_with(den, x0, cond, draws, [0., .5, None], 128)
-    assert torch.allclose(middle, learned) and not torch.allclose(posterior, middle)
-    want = ddpm.bits_per_dim(den, x0, cond, draws, 199)
-    # the decoder's variance differs: beta of step 1 there, the posterior's of step 2 here
-    i = torch.ones(6, dtype=torch.long)
-    noise = draws.normal("noise", *x0.shape[1:])
-    c = den.coefs(i / 200, x0)
-    x0_hat, eps_hat, _ = near(c.alpha * x0 + c.sigma * noise, i / 200, cond)
-    first = [bound_terms(den.process, i, x0, noise, x0_hat, eps_hat, s).mean() for s in (0., 1.)]
-    assert abs((posterior.mean() - first[0]) / (want.mean() - first[1]) - 1) < .1
-
-
-def test_a_fixed_share_is_ddpms_sampler():
-    tok, den, x0, cond = small_world()
-    x, ts = torch.randn(6, 1, 16, 16), torch.linspace(1, 0, 9)
-    p = lambda x, t: (*den.predict(x, t, cond), 0.)
-    with torch.no_grad():
-        for share, large in ((0., False), (1., True)):
-            ours = varied(p, den.process, x, ts, draws=Draws(0, torch.arange(6)), share=share)
-            want = sample(lambda x, t: p(x, t)[:2], den.process, x, ts, eta=1., large=large, draws=Draws(0, torch.arange(6)))
-            for a, b in zip(ours, want, strict=True): assert torch.allclose(a, b, atol=1e-4)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"The sweeps of the samplers chapter: quality against calls, eta, spacing, inversion, learned variance."
+"The sweeps of the samplers chapter: quality against calls, eta, spacing, inversion."
 
 import math
 from functools import cache, lru_cache, partial
@@ -12,8 +12,6 @@ from t2i_course.core.metrics import evaluate, judge_for, reference
 from t2i_course.diffusion.ddpm import build, drawer, guided, recipe_for, sample, v
 from t2i_course.diffusion.samplers import (
     SAMPLERS,
-    bits_with,
-    build_learned,
     dpmpp_2m,
     heun,
     inversion_error,
@@ -21,9 +19,7 @@ from t2i_course.diffusion.samplers import (
     rho_times,
     solver_errors,
     steps_for,
-    three,
     uniform,
-    varied,
 )
 
 CALLS = (5, 8, 10, 15, 20, 50, 100)
@@ -33,30 +29,24 @@ SWEEP = dict(
         n=16,  # drawings of a row
         nfe=(3, 5),  # calls of the network
         long=(6,),  # calls of the two samplers that may need them
-        learned=(3, 4),  # steps with a learned variance
         pictures=4,  # that are inverted
         invert=(3, 5),  # steps up, and as many down
-        look=4,  # pictures whose bits are counted
     ),
     demo=dict(
         images=60_000,
         n=400,
         nfe=CALLS,
         long=(250, 1000),
-        learned=(5, 10, 25, 50, 100),
         pictures=64,
         invert=(10, 20, 50, 100),
-        look=128,
     ),
     full=dict(
         images=4_000_000,
         n=10_000,
         nfe=CALLS,
         long=(250, 1000),
-        learned=(10, 25, 50, 100, 200, 400, 1000),
         pictures=1000,
         invert=(10, 20, 50, 100, 200, 500),
-        look=1000,
     ),
 )
 
@@ -64,11 +54,6 @@ SWEEP = dict(
 def asked_for(den, target):
     "Change what the network is asked for"
     den.target = target
-
-
-def silenced(den):
-    "Take the bound out of the loss"
-    den.hybrid = 0.0
 
 
 def base_sweep(
@@ -147,14 +132,14 @@ def experiments(
     scale: str = "demo",  # smoke, demo or full
     seeds=(0, 1, 2),  # of weights, data and start noise
 ):  # yields ('key.path', make), and make() gives the value
-    "Samplers against calls of the network, eta, spacing, inversion, learned variance"
+    "Samplers against calls of the network, eta, spacing, inversion"
     s, data = SWEEP[scale], load("digits")
     judge, config = judge_for(data), recipe_for(data, scale) | dict(max_len=12)
     precision = best_precision()
     etas, fine = (s["nfe"][:1], 10) if scale == "smoke" else ((10, 50), 250)
 
-    def row(seed, tok, den, sampler, ts, guide=None):
-        draw = drawer(den, tok, data.shape, ts, sampler=sampler, guide=guide)
+    def row(seed, tok, den, sampler, ts):
+        draw = drawer(den, tok, data.shape, ts, sampler=sampler)
         return evaluate(draw, data, judge, s["n"], seed)
 
     def short(*args):
@@ -178,35 +163,8 @@ def experiments(
         drawn = row(seed, made.tok, made.model, dpmpp_2m, uniform(made.model.process, 20))
         return drawn | made.about | dict(recipe="ddpm, target v, dpmpp_2m", nfe=20)
 
-    @lru_cache(1)
-    def learned(arm, seed):
-        change = silenced if arm == "simple" else None
-        made = fit(build_learned, config, data, s["images"], seed, precision, change=change)
-        return made.tok, made.model
-
-    @lru_cache(1)
-    def all_bits(arm, seed, shares):
-        (tok, den), draws = learned(arm, seed), Draws(seed, torch.arange(s["look"]))
-        look = data.batch("test", draws)
-        draws = Draws(seed, torch.arange(len(look.x)))
-        return bits_with(den, look.x, tok(look.captions), draws, list(shares), 64)
-
-    def bits(arm, seed, shares, i):
-        return all_bits(arm, seed, shares)[i].mean().item()
-
-    def drawn(arm, seed, share, n):
-        tok, den = learned(arm, seed)
-        return short(seed, tok, den, partial(varied, share=share), uniform(den.process, n), three)
-
     yield "setting", setting
     for seed in seeds:
         yield f"rows.seed{seed}", partial(full_row, seed)
         for key, make in base_sweep(partial(base, seed), partial(short, seed), data, s, etas, fine, seed):
             yield f"{key}.seed{seed}", make
-        for arm in ("hybrid", "simple"):
-            shares = dict(posterior=0.0, beta=1.0) | (dict(learned=None) if arm == "hybrid" else {})
-            for i, name in enumerate(shares):
-                yield f"bits.{arm}.{name}.seed{seed}", partial(bits, arm, seed, tuple(shares.values()), i)
-            for name, share in shares.items():
-                for n in s["learned"]:
-                    yield f"learned.{arm}.{name}.{n}.seed{seed}", partial(drawn, arm, seed, share, n)
