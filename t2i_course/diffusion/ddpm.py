@@ -427,11 +427,10 @@ def drawer(
     batch:int=100,    # pictures at once
     sampler=None,     # in place of `sample`: sampler(predict, process, x, ts, draws=draws) yields x
     guide=None,       # in place of `guided`: guide(den, cond) -> predict
-    clamp:float=None, # see `sample`; the codec's limit if not said: latents need more room than pictures
+    clamp:float=None, # see `sample`; the codec's limit if not said
 ):                    # draw(captions, seed) -> (n c h w)
     "Captions in, pictures out; the noise of a picture depends on the seed and its place alone"
-    clamp = den.codec.limit if clamp is None else clamp
-    walk = sampler or partial(sample, eta=eta, large=large, clamp=clamp)
+    walk = sampler or partial(sample, eta=eta, large=large, clamp=den.codec.limit if clamp is None else clamp)
     guide = guide or partial(guided, w=w, above=above, hold=hold, below=below, boost=boost)
     def paint(cond, draws):
         start = start_noise(den.process, ts[:1], shape, draws)
