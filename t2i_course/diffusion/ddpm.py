@@ -430,7 +430,7 @@ def drawer(
     clamp:float=None, # see `sample`; the codec's limit if not said
 ):                    # draw(captions, seed) -> (n c h w)
     "Captions in, pictures out; the noise of a picture depends on the seed and its place alone"
-    walk = sampler or partial(sample, eta=eta, large=large, clamp=den.codec.limit if clamp is None else clamp)
+    walk = sampler or partial(sample, eta=eta, large=large, clamp=clamp or den.codec.limit)
     guide = guide or partial(guided, w=w, above=above, hold=hold, below=below, boost=boost)
     def paint(cond, draws):
         start = start_noise(den.process, ts[:1], shape, draws)
