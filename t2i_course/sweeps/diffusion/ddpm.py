@@ -8,8 +8,8 @@ from t2i_course.core.metrics import evaluate
 from t2i_course.diffusion.ddpm import TARGETS, build, drawer, recipe_for, times
 
 ROWS = ("digits", "painted")  # measured with the recipe as it stands
-# A seed of the demo scale trains for 2 minutes (rows) and on 90,000 pictures (arms), and calls the network 3 million
-# times to draw: about 9 minutes on two cores
+# A seed of the demo scale trains for 2 minutes (rows) and on 90,000 pictures (arms), and calls the network
+# 3 million times to draw: about 9 minutes on two cores
 SWEEP = dict(
     smoke=dict(
         n=32,  # drawings of an arm

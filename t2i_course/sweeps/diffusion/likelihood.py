@@ -20,8 +20,8 @@ from t2i_course.diffusion.likelihood import (
 )
 from t2i_course.diffusion.schedules import cosine_betas
 
-# A seed of the demo scale trains on 240,000 pictures and calls the network 2.8 million times to draw and to count
-# bits: about 8 minutes on two cores
+# A seed of the demo scale trains on 240,000 pictures and calls the network 2.8 million times,
+# to draw and to count bits: about 8 minutes on two cores
 SWEEP = dict(
     smoke=dict(
         arm=320,  # training pictures of an arm
