@@ -49,9 +49,9 @@ def answer(logits, noise, tau):
     ],
     "diffusion.ddpm": [
         (1, "DDIM's step in place of the ancestral one", """
-def answer(x, noise, i, betas, abar):
-    guess = (x-(1-abar[i]).sqrt()*noise)/abar[i].sqrt()
-    return abar[i-1].sqrt()*guess+(1-abar[i-1]).sqrt()*noise
+def answer(x, v, i, betas, abar):
+    guess = abar[i].sqrt()*x-(1-abar[i]).sqrt()*v
+    return abar[i-1].sqrt()*guess+(1-abar[i-1]).sqrt()*(abar[i].sqrt()*v+(1-abar[i]).sqrt()*x)
 """),
         (2, "the noise as the target", """
 def answer(net, pics, noise, abar, t):
