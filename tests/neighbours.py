@@ -49,9 +49,9 @@ def answer(logits, noise, tau):
     ],
     "diffusion.ddpm": [
         (1, "DDIM's step in place of the ancestral one", """
-def answer(x, noise, i, betas, abar):
-    guess = (x-(1-abar[i]).sqrt()*noise)/abar[i].sqrt()
-    return abar[i-1].sqrt()*guess+(1-abar[i-1]).sqrt()*noise
+def answer(x, v, i, betas, abar):
+    guess = abar[i].sqrt()*x-(1-abar[i]).sqrt()*v
+    return abar[i-1].sqrt()*guess+(1-abar[i-1]).sqrt()*(abar[i].sqrt()*v+(1-abar[i]).sqrt()*x)
 """),
         (2, "the noise as the target", """
 def answer(net, pics, noise, abar, t):
@@ -62,6 +62,46 @@ def answer(net, pics, noise, abar, t):
 def answer(net, pics, noise, abar, t):
     alpha,sigma = (u.view(-1, 1, 1, 1) for u in (abar.sqrt(), (1-abar).sqrt()))
     return F.mse_loss(net(alpha*pics+sigma*noise, 1-t), alpha*noise-sigma*pics)
+"""),
+        (3, "the clean point as the target", """
+def answer(net, x0, label, i, eps):
+    x_t = abar[i].sqrt()*x0+(1-abar[i]).sqrt()*eps
+    told = torch.where(torch.rand(len(label))<.1, 2, label)
+    return F.mse_loss(net(x_t, i, told), x0)
+"""),
+        (3, "another point's label in place of none", """
+def answer(net, x0, label, i, eps):
+    x_t = abar[i].sqrt()*x0+(1-abar[i]).sqrt()*eps
+    told = torch.where(torch.rand(len(label))<.1, label.roll(1), label)
+    return F.mse_loss(net(x_t, i, told), eps)
+"""),
+        (3, "half of the labels dropped", """
+def answer(net, x0, label, i, eps):
+    x_t = abar[i].sqrt()*x0+(1-abar[i]).sqrt()*eps
+    told = torch.where(torch.rand(len(label))<.5, 2, label)
+    return F.mse_loss(net(x_t, i, told), eps)
+"""),
+    ],
+    "diffusion.likelihood": [
+        (1, "the weight of the simple loss", """
+def answer(before, now): return 1.
+"""),
+        (1, "the signal-to-noise ratio itself", """
+def answer(before, now): return now/(1-now)/2
+"""),
+        (2, "sure of the cheapest caption", """
+def answer(bits, pixels): return torch.nn.functional.one_hot(bits.argmin(1), bits.shape[1]).double()
+"""),
+        (2, "shares of the bits", """
+def answer(bits, pixels): return (1/bits)/(1/bits).sum(1, keepdim=True)
+"""),
+        (3, "the distance of the logarithms in place of the bound", """
+def answer(share, posterior, beta, gap):
+    log_var = share*beta.log()+(1-share)*posterior.log()
+    return (log_var-(posterior+gap).log()).square().sum()/2
+"""),
+        (3, "the posterior's variance, whatever the shares", """
+def answer(share, posterior, beta, gap): return (gap/posterior).sum()/2
 """),
     ],
     "diffusion.schedules": [

@@ -78,7 +78,7 @@ def test_results_are_those_of_the_code(name, listed):
     for key, value in found.items(): put(again, key, value)
     for key in mnist: put(again, key, value_at(kept, key))
     for k in ("chapter", "command", "date", "hardware", "versions", "seeds", "scale", "code", "seconds", "row", "prompts", "pictures",
-              "floors_again"):
+              "floors_again", "note"):
         left.pop(k, None)
     assert left == {k: again[k] for k in again if k in left} and again.keys() <= kept.keys()
 

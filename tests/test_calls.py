@@ -13,7 +13,8 @@ from t2i_course.run.settings import settings
 from t2i_course.core.conditioning import count_calls
 from t2i_course.core.data import Draws, results_path
 from t2i_course.core.sources import load
-from t2i_course.diffusion import ddpm, samplers
+from t2i_course.diffusion import ddpm, likelihood
+from t2i_course.diffusion.schedules import cosine_betas
 from uses import built
 
 DRAWN = dict(guidance=1.), dict(guidance=3.), dict(candidates=3), dict(steps=7), dict(guide_below=.5)
@@ -116,7 +117,7 @@ def test_every_denoiser_answers_as_the_first_does():
         if "__main__" not in m.name: import_module(m.name)
     def below(c): return [s for d in c.__subclasses__() for s in (d, *below(d))]
     found = below(ddpm.Denoiser)
-    assert samplers.LearnedVariance in found
+    assert likelihood.LearnedVariance in found
     for c in found:
         assert inspect.signature(c.predict).parameters.keys() == inspect.signature(ddpm.Denoiser.predict).parameters.keys(), c
 
@@ -124,7 +125,7 @@ def test_every_denoiser_answers_as_the_first_does():
 def test_learned_variance_paints():
     data = load("digits")
     config = ddpm.recipe_for(data, "smoke") | dict(steps=3)
-    tok, den = samplers.build_learned(config)
+    tok, den = likelihood.build_learned(config, cosine_betas())
     x = den.painter(tok, config)(["a handwritten two", ""], 0)
     assert x.shape == (2, 1, 16, 16) and x.isfinite().all() and den.calls(config) == 6
     batch = data.batch("train", Draws(0, torch.arange(4)))

@@ -115,6 +115,24 @@ def test_tables_without_a_place_are_refused():
     with pytest.raises(CourseError, match="no place"): ddpm.build(config)[1].extra = dict(A=torch.zeros(1))
 
 
+def test_an_unknown_target_is_refused():
+    config = small(ddpm, load("digits"))
+    for name in ddpm.TARGETS: assert ddpm.build(config | dict(target=name))[1].target is getattr(ddpm, name)
+    with pytest.raises(CourseError, match="'velocity'; the network can be asked for eps, x0, v"):
+        ddpm.build(config | dict(target="velocity"))
+
+
+def test_a_plain_denoiser_is_one_that_drops_no_caption():
+    data = load("digits")
+    config, tok, den = ready(ddpm, data)
+    torch.nn.init.normal_(den.net.net.head.weight)
+    den.p_drop, draws = 0., Draws(0, torch.arange(4))
+    plain, b = ddpm.PlainDenoiser(den.net, den.process), data.batch("train", draws)
+    cond, t = tok(b.captions), torch.full((4,), .3)
+    assert torch.equal(plain.loss(b.x, cond, draws), den.loss(b.x, cond, draws))
+    assert all(map(torch.equal, plain.predict(b.x, t, cond), den.predict(b.x, t, cond)))
+
+
 @pytest.mark.parametrize("side,skip", [(64, True), (65, False)])
 def test_large_pictures_begin_without_a_closed_form(side, skip, capsys):
     data = SimpleNamespace(shape=(3, side, 64), attributes={}, words=())

@@ -378,28 +378,3 @@ def test_loss_is_the_mean_squared_error_of_the_target(name):
     out = Reader()(x_t, torch.full((2,), .3), conditions(2, .5))
     want = F.mse_loss(out, target, reduction="none").flatten(1).mean(1)
     assert torch.allclose(den.loss(x0, conditions(2, .5), draws), want, **EQUAL)
-
-
-# ---- the bound ----
-def test_bound_weights_equal_the_papers():
-    "Ho et al. 2020, eq. 12, summed over the chain: beta^2 / (2 sigma^2 (1 - beta) (1 - abar))."
-    process = VP(linear_betas(TIMES))
-    i = torch.tensor([2, 3, 10, 500, 1000])
-    beta, now, before = process.betas[i - 1], process.abar(i), process.abar(i - 1)
-    posterior = (1 - before) / (1 - now) * beta
-    want = TIMES * beta**2 / (2 * posterior * (1 - beta) * (1 - now))
-    assert torch.allclose(ddpm.vlb_weight(process, i.double() / TIMES).double(), want, rtol=1e-4)
-
-
-def test_bits_of_a_perfect_denoiser():
-    "Data that are one known picture: the perfect model needs the prior's remainder and next to nothing else."
-    process, x0 = VP(linear_betas(TIMES)), torch.full((2, 1, 4, 4), 0.)
-    x0 = ((x0 + 1) * 127.5).round() / 127.5 - 1
-    class Knows(Denoiser):
-        def predict(self, x_t, t, cond):
-            c = self.coefs(t, x_t)
-            return x0, (x_t - c.alpha * x0) / c.sigma
-    bits = ddpm.bits_per_dim(Knows(None, process), x0, conditions(2, 0.), Draws(0, torch.arange(2)), 8)
-    # the decoder is a Gaussian of width 0.01
-    inside = 2 * torch.distributions.Normal(0., 1.).cdf(torch.tensor(1 / 255 / .01)) - 1
-    assert torch.allclose(bits.float(), -inside.log2().expand(2), atol=1e-3)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.data import Draws, PAPERS, Painted
 from .ddpm import Coefs, Config, Denoiser, UNet, captioned, recipe_for, uniform_times
-from .ddpm import view, weighted, x0
+from .ddpm import view, x0
+from .likelihood import weighted
 from .schedules import betas_from_abar
 
 # %% ../../nbs/04_diffusion/10_terminal_snr.ipynb #ec9c5ea1
