@@ -32,7 +32,9 @@ def answer(w, g, m, s, k, lr, beta1, beta2, decay):
     s.lerp_(g**2, 1-beta2)
     w.sub_(lr*m/(1-beta1**k)/((s/(1-beta2**k)).sqrt()+1e-8))
 """),
-        (3, "the sign of the gradient, as Adam's first step", "def answer(w, g, m, s, k, lr, beta1, beta2, decay): w.mul_(1-lr*decay).sub_(lr*g.sign())"),
+        (3, "the sign of the gradient, as Adam's first step", """
+def answer(w, g, m, s, k, lr, beta1, beta2, decay): w.mul_(1-lr*decay).sub_(lr*g.sign())
+"""),
     ],
     "core.ema": [
         (1, "the decay of a whole batch", "def answer(H, n, k): return .5**(n/H)"),
