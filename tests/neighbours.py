@@ -12,8 +12,39 @@ NEIGHBOURS = {
 def answer(q, k, v, mask): return F.scaled_dot_product_attention(q, k, v, attn_mask=~mask[:,None]).nan_to_num()
 """),
     ],
+    "core.training": [
+        (1, "the middle of the whole run", "def answer(w): return .5+w"),
+        (2, "the mean of each piece, weighted by the pieces", """
+def answer(net, x, y, k):
+    net.zero_grad()
+    for a,b in zip(x.chunk(k), y.chunk(k)): (F.mse_loss(net(a), b)*k).backward()
+"""),
+        (3, "Adam with an L2 penalty", """
+def answer(w, g, m, s, k, lr, beta1, beta2, decay):
+    g = g+decay*w
+    m.lerp_(g, 1-beta1)
+    s.lerp_(g**2, 1-beta2)
+    w.sub_(lr*m/(1-beta1**k)/((s/(1-beta2**k)).sqrt()+1e-8))
+"""),
+        (3, "no decay", """
+def answer(w, g, m, s, k, lr, beta1, beta2, decay):
+    m.lerp_(g, 1-beta1)
+    s.lerp_(g**2, 1-beta2)
+    w.sub_(lr*m/(1-beta1**k)/((s/(1-beta2**k)).sqrt()+1e-8))
+"""),
+        (3, "the sign of the gradient, as Adam's first step", """
+def answer(w, g, m, s, k, lr, beta1, beta2, decay): w.mul_(1-lr*decay).sub_(lr*g.sign())
+"""),
+    ],
     "core.ema": [
         (1, "the decay of a whole batch", "def answer(H, n, k): return .5**(n/H)"),
+        (1, "a share of the half-life in steps", "def answer(H, n, k): return 1-k*n/H/2"),
+        (2, "an exponential average, as on the page", """
+def answer(mean, weights, k):
+    for m,w in zip(mean, weights): m.lerp_(w, .1)
+"""),
+        (3, "the setting of the recipes", "def answer(images): return 5e5,.05"),
+        (3, "a good one for one length", "def answer(images): return 1280,math.inf"),
     ],
     "core.metrics": [
         (1, "the whole covariance", "def answer(fa, fb): return frechet(fa, fb)"),
