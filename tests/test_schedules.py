@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 from arms import made
-from t2i_course.core.data import Draws, Painted
+from t2i_course.core.data import Draws
 from t2i_course.diffusion.ddpm import VP, linear_betas, uniform_times
 from t2i_course.diffusion.schedules import (
     EDM, betas_from_abar, cosine_betas, density, edm_sigmas, edm_times, log_normal, log_snr, scaled_linear_betas,

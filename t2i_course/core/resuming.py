@@ -1,4 +1,4 @@
-"What has to be saved of a run so that it goes on to the same bytes, and what stays out because it does not learn."
+"What is saved of a run so that it goes on to the same bytes, and what is not, because it does not learn."
 
 import torch
 from torch import nn

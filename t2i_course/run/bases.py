@@ -44,7 +44,7 @@ def trained(
     seed: int = 0,
     ship=None,  # name of the model that the package keeps of it
 ):  # a Finished
-    "The run in a folder, trained where neither it nor its shipped model is there, and to its end where it was stopped"
+    "The run in a folder, or made from its shipped model; else trained, and to its end where it was stopped"
     given = dict(recipe=recipe, data=data, images=images, changes=changes or {}, seed=seed, scale=scale)
     if scale == "smoke":  # seconds: a run of other code is made anew
         cleared(out, settings(recipe, data, scale, None, images, seed, "auto", changes))

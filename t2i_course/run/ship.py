@@ -1,4 +1,4 @@
-"""A finished run becomes a model of the package: weights in float16, and a card that says how they were made."""
+"""A finished run becomes a model of the package: weights in float16, a card that says how they were made."""
 
 import hashlib
 import json
@@ -118,7 +118,7 @@ def unpack(
     name: str,  # of a model
     out: Path,  # a run folder, which is made
 ):
-    "The run that the package's model was made from, as far as float16 has kept it: it need not be trained again"
+    "The run that the package's model was made from, as far as float16 has kept it"
     card, tensors = model_card(shipped_path(name)), load_tensors(shipped_path(name))[0]
     config = from_json(recipe(card["config"]["recipe"]).Config, card["config"], shipped_path(name))
     make_folder(out)

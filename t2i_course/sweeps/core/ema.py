@@ -1,5 +1,5 @@
-"""The sweep of the EMA chapter: averaging against lowering the learning rate, at three learning rates on a small
-denoiser, and with a recipe that draws digits."""
+"""The sweep of the EMA chapter: averaging against lowering the learning rate, at three learning rates on
+a small denoiser, and with a recipe that draws digits."""
 
 import math
 from functools import lru_cache, partial
@@ -82,8 +82,8 @@ def measured(net, emas: dict) -> dict:
 
 # ---- a recipe that draws ----
 def recipe(schedule: str, scale: str, images: int, n: int, seed: int) -> dict:
-    """Flow matching on digits, half-way and at the end: distance of the drawings made with the weights (raw) and
-    with their average (ramp)"""
+    """Flow matching on digits, half-way and at the end: distance of the drawings made with the weights (raw)
+    and with their average (ramp)"""
     data = load("digits")
     config = recipe_for(data, scale) | dict(skip=False)  # no closed form: the network has everything to learn
     if scale != "smoke":

@@ -1,4 +1,4 @@
-"The sweeps of the schedules chapter: what a network learns at each noise level, where drawing begins, and on whose steps."
+"The sweeps of the schedules chapter: what is learned at each noise level; where drawing begins, on whose steps."
 
 from functools import lru_cache, partial
 
@@ -72,7 +72,7 @@ def experiments(
     seeds=tuple(range(10)),  # of start noise; the first three also of weights and data
     mnist=None,  # a finished run of DDPM's chain
 ):  # yields ('key.path', make), and make() gives the value
-    "Trained networks by log-SNR; one well-trained model with a later start, and on the steps of other schedules"
+    "Trained networks by log-SNR; one well-trained model with a later start, and on other schedules' steps"
     s, processes = SWEEP[scale], schedules()
     on = OnModel(mnist, s["drawn"])
 
