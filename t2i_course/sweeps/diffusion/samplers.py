@@ -1,4 +1,4 @@
-"The sweeps of the samplers chapter: solvers of the ODE against calls of the network, spacings of their steps."
+"The sweeps of the samplers chapter: solvers of the ODE against calls of the network, and spacings of steps."
 
 from functools import cache, partial
 

@@ -1,4 +1,4 @@
-"The sweeps of the schedules chapter: what is learned at each noise level; where drawing begins, on whose steps."
+"The sweeps of the schedules chapter: what is learned at each noise level; later starts; steps of another."
 
 from functools import lru_cache, partial
 
