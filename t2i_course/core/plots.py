@@ -217,7 +217,7 @@ def plot_lines(
     marker:str='',   # 'o' marks the points
     alt:str='',      # what there is to see; made from the other texts when empty
     direct:bool=False, # each name at the end of its line, in place of a legend
-    ticks:dict={},   # 'x' or 'y' -> numbers to write on a logarithmic axis
+    ticks:dict=None, # 'x' or 'y' -> numbers to write on a logarithmic axis
 )->Figure:
     "Curves in one figure; a spread is drawn as a band"
     fig,ax = _axes(title=title, xlabel=xlabel, ylabel=ylabel)
@@ -227,8 +227,7 @@ def plot_lines(
         if spread:
             s = torch.as_tensor(spread[0]).cpu().double()
             ax.fill_between(xs, ys-s, ys+s, color=COLOURS[i%len(COLOURS)], alpha=.18, lw=0)
-    log = 'y' if log is True else log or ''
-    for way in log: _log_axis(ax, way, ticks.get(way))
+    for way in 'y' if log is True else log or '': _log_axis(ax, way, (ticks or {}).get(way))
     if direct: fig.draw_without_rendering(); name_lines(ax)
     elif any(lines): ax.legend(frameon=False, fontsize=8.5)
     return Figure(fig, alt or (f"{title or ylabel or 'curves'} against {xlabel or 'x'}: "
