@@ -16,7 +16,8 @@ from nbdev.clean import clean_nb
 from tree import LIB, ROOT, chapters, copy_to, files, generated, modules, notebooks
 
 NOTEBOOKS, CHAPTERS = notebooks(), chapters()
-GROUND = {"files", "sources", "downloads", "contracts", "counting", "shards"}  # written by hand, below all chapters that use them
+# written by hand, below all chapters that use them
+GROUND = {"files", "sources", "downloads", "contracts", "counting", "shards", "figures", "cards", "protocols"}
 FOLD = runpy.run_path(str(ROOT / "tools" / "fold.py"))["fold"]
 BY_MODULE = {chapter.address: chapter for chapter in CHAPTERS}
 every_notebook = pytest.mark.parametrize("nb", NOTEBOOKS, ids=str)

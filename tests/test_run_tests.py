@@ -145,4 +145,4 @@ def test_lab_trusts_the_course_and_nothing_else(tmp_path, monkeypatch, capsys):
         assert not notary.check_signature(notebook)
     monkeypatch.setitem(tool["trust"].__globals__, "pages", lambda: [str(tmp_path / "missing.ipynb")])
     tool["trust"]()
-    assert "File > Trust Notebook" in capsys.readouterr().out
+    assert "Trust Notebook" in capsys.readouterr().out

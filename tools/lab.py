@@ -35,7 +35,8 @@ def trust():
             app.initialize(pages())
             app.start()
     except (Exception, SystemExit) as e:
-        print(f"The notebooks could not be trusted ({e}). In a page whose slider does not move: File > Trust Notebook.", flush=True)
+        print(f"The notebooks could not be trusted ({e}). Where a slider does not move: View > Activate Command Palette, "
+              "Trust Notebook.", flush=True)
 
 
 def command(options):

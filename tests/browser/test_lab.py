@@ -199,12 +199,14 @@ def test_checkers_and_solutions_are_folded_in_jupyterlab(page, lab):
 
 
 def test_a_notebook_from_elsewhere_moves_when_the_reader_trusts_it(page, lab):
-    "What the plots page tells a reader: File > Trust Notebook."
+    "What the plots page tells a reader: the command palette has `Trust Notebook`."
     explorers = opened(page, lab(STRANGER))
     slider = explorers.first.locator("input")
     assert slider.is_disabled() or slider.get_attribute("oninput") is None
-    page.get_by_role("menuitem", name="File", exact=True).click()
-    page.locator('[data-command="notebook:trust"]').click()
+    page.get_by_role("menuitem", name="View", exact=True).click()
+    page.locator('.lm-Menu [data-command="apputils:activate-command-palette"]').click()
+    page.locator(".lm-CommandPalette-input:visible").fill("Trust Notebook")
+    page.locator('.lm-CommandPalette-item[data-command="notebook:trust"]').first.click()
     page.locator(".jp-Dialog .jp-mod-accept").click()
     expect(page.locator(EXPLORER).first.locator("input")).to_have_attribute("oninput", re.compile("closest"), timeout=MINUTES)
     check_explorer(page.locator(EXPLORER).first)
