@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections import defaultdict
@@ -15,8 +16,10 @@ from nbdev.clean import clean_nb
 from tree import LIB, ROOT, chapters, copy_to, files, generated, modules, notebooks
 
 NOTEBOOKS, CHAPTERS = notebooks(), chapters()
-GROUND = {"files", "sources", "downloads", "contracts", "counting", "shards", "machine", "processes",
-          "resuming"}  # written by hand, below all chapters that use them
+# written by hand, below all chapters that use them
+GROUND = {"files", "sources", "downloads", "contracts", "counting", "shards", "figures", "cards", "protocols", "machine",
+          "processes", "resuming"}
+FOLD = runpy.run_path(str(ROOT / "tools" / "fold.py"))["fold"]
 BY_MODULE = {chapter.address: chapter for chapter in CHAPTERS}
 every_notebook = pytest.mark.parametrize("nb", NOTEBOOKS, ids=str)
 every_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=str)
@@ -227,6 +230,23 @@ def test_notebook_is_clean(nb):
     notebook = json.loads(nb.text)
     clean_nb(notebook, allowed_cell_metadata_keys=kept)
     assert nb2str(notebook) == nb.text
+
+
+@every_notebook
+def test_checkers_and_solutions_are_folded(nb):
+    "In JupyterLab, too, a reader opens them by a click: run `python tools/fold.py` when this fails."
+    for cell in json.loads(nb.text)["cells"]:
+        assert not FOLD(cell), f"{'fold' if cell['metadata'] else 'do not fold'} this cell:\n{''.join(cell['source'])}"
+
+
+def test_folding_finds_checkers_and_solutions_and_survives_cleaning():
+    sources = {"#| hide\ndef check_1(f): pass": True, '#| code-fold: true\n#| code-summary: "Solution"\ndef solution_1(): pass': True,
+               "def check_1(f): pass": False, "#| hide\nimport nbdev; nbdev.nbdev_export()": False, "x = 1": False}
+    cells = [dict(cell_type="code", id=str(n), metadata=dict(jupyter=dict(source_hidden=True)) if n > 2 else {}, outputs=[],
+                  execution_count=None, source=source.splitlines(keepends=True)) for n, source in enumerate(sources)]
+    assert [FOLD(cell) for cell in cells] == [True, True, False, True, True]
+    clean_nb(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5), allowed_cell_metadata_keys=["jupyter"])
+    assert [cell["metadata"] == dict(jupyter=dict(source_hidden=True)) for cell in cells] == list(sources.values())
 
 
 @every_notebook

@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 from t2i_course.core import plots
-from t2i_course.core.plots import (Live, binned, explorer, in_kernel, loss_by_t, mosaic, plot_lines, rgb, sheet,
-                                   show_images)
+from t2i_course.core.figures import axes, log_axis, plain, round_numbers
+from t2i_course.core.plots import (Live, arrow, binned, draw_step, explorer, in_kernel, loss_by_t, mosaic, name_lines, plot_lines,
+                                   rgb, sheet, show_images)
 
 
 def size(png): return Image.open(io.BytesIO(png)).size
@@ -88,6 +89,82 @@ def test_lines_take_lists_tensors_and_spreads():
     assert repr(figure) == "t against images: a, b"
 
 
+def texts(axis):
+    "The numbers that an axis writes inside its limits."
+    axis.axes.figure.draw_without_rendering()
+    low, high = axis.get_view_interval()
+    return [t.get_text() for v, t in zip(axis.get_majorticklocs(), axis.get_majorticklabels()) if low <= v <= high]
+
+
+@pytest.mark.parametrize("low, high", [(.11, .17), (.03, 4), (1, 32), (9e-4, 2e3), (98, 104), (1e-9, 1e9)])
+def test_logarithmic_axes_have_plain_numbers(low, high):
+    "Three to eight of them, however short or long the axis is, also after its limits were changed."
+    figure = plot_lines({"a": ([1, 2, 3], [1, 2, 3])}, log=True)
+    figure.axes[0].set_ylim(low, high)
+    said = texts(figure.axes[0].yaxis)
+    assert 3 <= len(said) <= 8 and [float(v.replace(",", "")) for v in said] == pytest.approx(round_numbers(low, high))
+    assert not re.search(r"[$^e]", "".join(said)) or low < 1e-8
+
+
+def test_ticks_that_are_asked_for():
+    figure = plot_lines({"a": ([1, 4, 16], [.1, .2, 20_000])}, log="xy", ticks=dict(x=[1, 4, 16], y=[.1, 1, 20_000]))
+    assert texts(figure.axes[0].xaxis) == ["1", "4", "16"] and texts(figure.axes[0].yaxis) == ["0.1", "1", "20,000"]
+    assert [plain(v) for v in (0, -5000, 1e-5, .25, 12345.6)] == ["0", "-5,000", "0.00001", "0.25", "12,346"]
+
+
+@pytest.mark.parametrize("ends", [(1, 1, 1), (1, 1.01, 5), (0, math.nan, 3), (2, 2.02, 2.04)])
+@pytest.mark.parametrize("log", ["", "y"])
+def test_names_at_lines_keep_apart_and_stay_near(ends, log):
+    lines = {f"line {k}": ([0, 1, 2], [2, 3, end]) for k, end in enumerate(ends)}
+    ax = plot_lines(lines, direct=True, log=log).axes[0]
+    assert [t.get_text() for t in ax.texts] and ax.get_legend() is None
+    ax.figure.draw_without_rendering()
+    boxes = sorted((t.get_window_extent() for t in ax.texts), key=lambda box: box.y0)
+    assert len(boxes) == 3 and all(a.y1 <= b.y1 - 8 for a, b in zip(boxes, boxes[1:]))
+    assert {t.get_color() for t in ax.texts} == {line.get_color() for line in ax.lines}
+    for text in ax.texts: assert abs(text.xyann[1]) < 40, "no name wanders far from its line"
+
+
+def test_names_share_the_shift():
+    assert plots._apart([0, 0, 0], 10) == [-10, 0, 10] and plots._apart([0, 100, 104], 10) == [0, 97, 107]
+    assert plots._apart([], 10) == []
+
+
+def test_many_names_stand_outside():
+    few, many = (plot_lines({f"{k}": ([0, 1], [0, k]) for k in range(n)}).axes[0].get_legend() for n in (3, 7))
+    inside = [legend.get_window_extent().x0 < legend.axes.get_window_extent().x1 - 5 for legend in (few, many)]
+    assert inside == [True, False]
+
+
+# --- Steps ---
+
+def test_an_arrow_lies_inside_its_axes():
+    _, ax = axes()
+    arrow(ax, torch.tensor([0., 5.]), (8, -3), "there")
+    (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    assert left <= 0 and right >= 8 and low <= -3 and high >= 5
+    assert ax.texts[-1].get_text() == "there" and ax.texts[0].arrow_patch is not None
+
+
+def test_a_step_is_two_arrows_and_three_points():
+    _, ax = axes()
+    draw_step(ax, torch.tensor([2., 1.]), torch.zeros(2, requires_grad=True), (1., .5), names=("a", "", "c"))
+    arrows = [t.arrow_patch for t in ax.texts if t.arrow_patch is not None]
+    assert [a.get_linestyle() for a in arrows] == ["--", "-"] and len(ax.lines) == 3
+    assert [t.get_text() for t in ax.texts if t.get_text()] == ["a", "c"]
+    ends = [tuple(line.get_xydata()[0]) for line in ax.lines]
+    assert ends == [(2, 1), (0, 0), (1, .5)]
+
+
+def test_lines_without_names_are_not_named():
+    _, ax = axes()
+    ax.plot([0, 1], [0, 1])
+    ax.plot([], [], label="empty")
+    log_axis(ax, "y")
+    name_lines(ax)
+    assert not ax.texts
+
+
 def test_bins_are_means_with_standard_errors():
     torch.manual_seed(0)
     t, loss = torch.rand(500), torch.rand(500)
@@ -148,6 +225,28 @@ def test_live_draws_runs_of_any_length(n):
     assert size(live.figure().png())[0] > 100
 
 
+def test_the_running_mean_does_not_lag():
+    "On a falling line it is the line; what is not finite does not count; a constant stays."
+    y = torch.linspace(5, 1, 101).double()
+    mean = plots._running_mean(y, 10)
+    assert torch.allclose(mean[:-5], y[:-5]) and (mean[-5:] - y[-5:]).abs().max() < .11
+    steep = 1 / torch.arange(1, 200).double()
+    assert (plots._running_mean(steep, 10) <= 1.75 * steep).all(), "a mean of earlier steps is up to 2.9 times the loss here"
+    broken = torch.ones(50).double()
+    broken[7], broken[20] = math.nan, math.inf
+    assert torch.equal(plots._running_mean(broken, 5), torch.ones(50).double())
+
+
+def test_the_title_of_a_curve_has_no_word_alone():
+    live = Live(name="loss of the network that starts from its input")
+    for r in records(30):
+        live.images.append(r.images)
+        live.losses.append(r.loss)
+        live.record = r
+    first, second = live.figure().axes[0].get_title().split("\n")
+    assert second.startswith("after 1,920 images") and second.endswith("0.3 s") and first.endswith("(mean of the last tenth)")
+
+
 # --- Explorer ---
 
 class Reader(HTMLParser):
@@ -195,6 +294,36 @@ def test_explorer_shows_its_last_frame_without_javascript(block):
 def test_explorer_takes_figures():
     figures = [plot_lines({"a": ([0, 1], [0, k])}) for k in range(2)]
     assert len(explorer(figures, [1, 2], start=0).data) < 60_000
+
+
+def test_explorer_writes_captions_under_the_pictures_of_every_frame():
+    frames, captions = [torch.full((4, 3, 8, 8), v) for v in (-1., 1.)], ["a red two", "", "a seven", "a five"]
+    with_them, without = (Reader(explorer(frames, "ab", "t", captions=c, cols=2).data) for c in (captions, None))
+    sizes = []
+    for block in (with_them, without):
+        [root] = [attrs for attrs in block.find("div") if attrs.get("class") == "t2i-explorer"]
+        pictures = [Image.open(io.BytesIO(base64.b64decode(f.partition(",")[2]))) for f in json.loads(root["data-frames"])]
+        assert len({picture.size for picture in pictures}) == 1 and f"max-width:{18 * 9}px" in root["style"]
+        sizes.append(pictures[0].size)
+        rows = torch.frombuffer(bytearray(pictures[0].convert("L").tobytes()), dtype=torch.uint8).view(*sizes[-1][::-1])
+        assert (rows[:8, :8] == 0).all() and (rows[:8, 8:10] == 255).all() and rows[-1].min() == 255 * (len(sizes) == 1)
+    assert sizes[1] == (18, 18) and sizes[0][0] == 18 and sizes[0][1] > 20, "every pixel once, a white band below each row"
+    band = sizes[0][1] // 2 - 9
+    places = [attrs["style"] for attrs in with_them.find("div") if "absolute" in attrs.get("style", "")]
+    assert len(places) == 4 and "left:55.56%" in places[1] and "left:0.00%" in places[2]
+    assert f"top:{100 * 9 / sizes[0][1]:.2f}%" in places[0] and f"top:{100 * (10 + band + 9) / sizes[0][1]:.2f}%" in places[2]
+    assert not [attrs for attrs in without.find("div") if "absolute" in attrs.get("style", "")]
+
+
+def test_small_pictures_are_enlarged_to_64_pixels_at_least():
+    for w in (4, 8, 16, 28, 32, 64):
+        text = explorer([torch.zeros(2, 1, w, w)], ["x"], captions=["a <b>", "c"]).data
+        assert int(re.search(r"max-width:(\d+)px", text)[1]) >= 2 * 64 and "a &lt;b&gt;" in text
+
+
+@pytest.mark.parametrize("frame, captions", [(torch.zeros(3, 3, 4, 4), ["a", "b"]), (plot_lines({"a": ([0, 1], [0, 1])}), ["a"])])
+def test_captions_belong_to_pictures(frame, captions):
+    with pytest.raises(ValueError): explorer([frame], ["x"], captions=captions)
 
 
 @pytest.mark.parametrize("frames, labels", [([], []), ([torch.zeros(3, 4, 4)], ["a", "b"])])

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 
 import psutil
 import pytest
-from tree import ROOT
+from tree import ROOT, notebooks
 
 # a step that starts a child in a session of its own (as torchrun does), says who they are, and sleeps
 SLEEPER = """
@@ -117,11 +118,31 @@ def test_what_the_user_set_stays():
     assert "10000" not in spin_of(*load, OMP_WAIT_POLICY="passive")
 
 
-@pytest.mark.skipif(not (ROOT / "Makefile").exists() or os.name != "posix", reason="no make")
-def test_lab_starts_kernels_with_the_short_spin_unless_the_user_has_set_one():
-    def lines(**env):
-        kept = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "MAKEFLAGS")}
-        command = ["make", "-n", "lab", f"PYTHON={sys.executable}"]
-        return subprocess.run(command, cwd=ROOT, env=kept | env, capture_output=True, text=True, check=True).stdout
-    assert "GOMP_SPINCOUNT=10000" in lines()
-    assert "GOMP_SPINCOUNT" not in lines(GOMP_SPINCOUNT="77") and "GOMP_SPINCOUNT" not in lines(OMP_WAIT_POLICY="active")
+def test_lab_starts_kernels_with_the_short_spin_unless_the_user_has_set_one(monkeypatch):
+    command = runpy.run_path(str(ROOT / "tools" / "lab.py"))["command"]
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"): monkeypatch.delenv(name, raising=False)
+    assert command([])[1]["GOMP_SPINCOUNT"] == "10000"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert "GOMP_SPINCOUNT" not in command([])[1]
+    monkeypatch.setenv("GOMP_SPINCOUNT", "77")
+    assert command([])[1]["GOMP_SPINCOUNT"] == "77"
+
+
+def test_lab_trusts_the_course_and_nothing_else(tmp_path, monkeypatch, capsys):
+    "A page that git knows gets a signature; one that came from elsewhere does not; a failure is one sentence."
+    from nbformat import read
+    from nbformat.sign import NotebookNotary
+    for name in ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR"): monkeypatch.setenv(name, str(tmp_path))
+    tool = runpy.run_path(str(ROOT / "tools" / "lab.py"))
+    page = ROOT / "nbs" / "01_core" / "06_plots.ipynb"
+    assert str(page) in tool["pages"]() and set(tool["pages"]()) <= {str(nb.path) for nb in notebooks()}
+    monkeypatch.setitem(tool["trust"].__globals__, "pages", lambda: [str(page)])
+    tool["trust"]()
+    notebook = read(page, 4)
+    with NotebookNotary(data_dir=str(tmp_path)) as notary:
+        assert notary.check_signature(notebook)
+        notebook.cells[-1].source += " "
+        assert not notary.check_signature(notebook)
+    monkeypatch.setitem(tool["trust"].__globals__, "pages", lambda: [str(tmp_path / "missing.ipynb")])
+    tool["trust"]()
+    assert "Trust Notebook" in capsys.readouterr().out
