@@ -22,14 +22,14 @@ PROMPTS = [
     "a bold yellow nine on black",
     "a bold orange six on black",
     "a green zero leaning right on white",
-    "a thin purple five on white",
-    "a bold blue seven on pink",
-    "a thin red two on white",
+    "a bold purple five on gray",
+    "a thin red four on white",
+    "a bold blue eight on white",
     # from here on: pairs of digit and ink never trained on
-    "a bold blue zero on white",
+    "a bold blue zero on pink",
     "a bold green three on black",
     "a red six leaning left on black",
-    "a thin purple two on white",
+    "a bold yellow five on black",
 ]
 
 
