@@ -3,6 +3,40 @@
 {address of the chapter: [(exercise, what it is, code that defines `answer`)]}; the code sees the names of the page."""
 
 NEIGHBOURS = {
+    "start.tour": [
+        (1, "an upright lean counts as demanded", """
+def answer(caption):
+    p = 1 if 'leaning' in caption else 1/3
+    for k in Painted().demands(caption): p /= len(ATTRIBUTES[k])
+    return p
+"""),
+        (2, "the median for every loss", "def answer(pictures, loss): return pictures.median(0).values"),
+        (2, "one picture alone", "def answer(pictures, loss): return solution_2(pictures[:1], loss)"),
+        (3, "near enough to the step before", """
+def answer(run, captions):
+    pictures = {n:draw(run, captions, steps=n, seed=0) for n in (1,2,4,8,16,32)}
+    far = lambda n: (pictures[n]-pictures[n//2]).abs().mean()
+    return next((n for n in (4,8,16,32) if far(n)<=.2*far(2)), 32)
+"""),
+    ],
+    "start.notation": [
+        (1, "EDM's published numbers, alpha left out of the skip", "def answer(alpha, sigma, c_skip, c_out): return (1-c_skip)/c_out,-c_skip*sigma/(alpha*c_out)"),
+        (2, "the derivatives change places", """
+class answer(Reversed):
+    def coefs(self, t):
+        c = self.process.coefs(1-t)
+        return Coefs(c.alpha, c.sigma, c.dsigma, c.dalpha)
+"""),
+        (3, "the velocity of the other clock", "def answer(*args): return -solution_3(*args)"),
+        (3, "the velocity of the network's own process", """
+def answer(net, process, target, x, t):
+    ours = LinearPath().coefs(t)
+    when = time_at(process, log_snr(ours))
+    c = process.coefs(when)
+    x0_hat,eps_hat = solve(c, *target(c), x*brightness(c)/brightness(ours), net(x*brightness(c)/brightness(ours), when))
+    return c.dalpha*x0_hat+c.dsigma*eps_hat
+"""),
+    ],
     "core.data": [
         (1, "one normal number, not two", "def answer(u): return 2**.5*torch.erfinv(1-u)"),
     ],

@@ -4,7 +4,8 @@ import json
 import pytest
 import torch
 
-from t2i_course.run.demo import clock_text, judged, demo as make
+from t2i_course.core.data import HELD_OUT
+from t2i_course.run.demo import PROMPTS, clock_text, judged, demo as make
 from t2i_course.run.text import margin, row_text
 from t2i_course.core.conditioning import drawn_from
 
@@ -13,6 +14,12 @@ def test_it_says_which_clock_ended_the_training():
     assert clock_text(dict(images=40_000, seconds=33.), 40_000, 150).endswith("all that were planned.")
     said = clock_text(dict(images=24_000, seconds=150.4), 40_000, 150)
     assert "24,000 pictures in 150 s, 160 a second" in said and "time limit of 150 s" in said and "40,000" in said
+
+
+def test_the_last_four_prompts_are_held_out_pairs_and_no_others():
+    "The title of the sheet says so."
+    held = [any({digit, ink} <= set(prompt.split()) for digit, ink in HELD_OUT) for prompt in PROMPTS]
+    assert held == [False] * 8 + [True] * 4
 
 
 @pytest.mark.parametrize("each, n", [(.005, 1000), (.04, 500), (.06, 300), (1., 200)])

@@ -182,7 +182,8 @@ def digits(
         row["data"] = ruler.data.name
         say(
             f"{name} {peer_seconds:g} s: {100 * row['accuracy']:.1f}%, {row['fd_floors']:.0f} floors, "
-            f"{row['steps_per_second']:.2f} steps a second, bar {row['bar']}"
+            f"after {row['steps']} steps, {row['steps_per_second']:.2f} a second; one seed, "
+            f"{row['n']} drawings; bar {row['bar']}"
         )
         res.setdefault("peers", {})[name] = row
         res.setdefault("equal_size", {})[name] = keep(

@@ -17,19 +17,19 @@ from t2i_course.run.train import train_run
 
 
 PROMPTS = [
-    "a bold red seven leaning left on pink",
-    "a thin green three on black",
-    "a bold purple nine on white",
-    "a blue four leaning right on gray",
+    "a bold red three on white",
+    "a thin blue two on pink",
+    "a bold yellow nine on black",
     "a bold orange six on black",
-    "a thin red two on white",
-    "a bold yellow zero leaning right on gray",
-    "a thin purple five on pink",
+    "a green zero leaning right on white",
+    "a bold purple five on gray",
+    "a thin red four on white",
+    "a bold blue eight on white",
     # from here on: pairs of digit and ink never trained on
-    "a bold blue zero on white",
-    "a bold green eight on pink",
+    "a bold blue zero on pink",
+    "a bold green three on black",
     "a red six leaning left on black",
-    "a bold purple seven on white",
+    "a bold yellow five on black",
 ]
 
 

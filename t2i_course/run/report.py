@@ -29,9 +29,10 @@ def report_line(name: str, r: dict, date: str) -> str:
     obeys = f"{100 * (r['obedience']['all'] if 'obedience' in r else r['accuracy']):.1f}%"
     floors = r["fd_floors"] if "fd_floors" in r else r["fd"] / r["fd_floor"] if "fd" in r else None
     far, method = f"{floors:.1f}" if floors is not None else "-", r.get("recipe") or r["method"]
+    seed, n = r.get("train_seed", r.get("seed", "-")), r.get("n", "-")
     return (
-        f"{name:16} {method[:26]:26} {r['data'][:8]:8} {r['train_seconds']:8.0f} {obeys:>6} {held:>8} "
-        f"{matched:>8} "
+        f"{name:16} {method[:26]:26} {r['data'][:8]:8} {r['train_seconds']:8.0f} {r.get('steps', '-'):>6} "
+        f"{seed:>4} {n:>6} {obeys:>6} {held:>8} {matched:>8} "
         f"{far:>8} {r['recall']:6.2f}  {r.get('date', date)}"
     )
 
@@ -67,8 +68,8 @@ def report(
     if not table:
         raise CourseError(f"{folder} holds no results: make some with t2i run flow_matching")
     print(
-        f"{'file':16} {'method':26} {'data':8} {'train s':>8} {'obeys':>6} {'held-out':>8} {'matched':>8} "
-        f"{'FD/floor':>8} {'recall':>6}  date",
+        f"{'file':16} {'method':26} {'data':8} {'train s':>8} {'steps':>6} {'seed':>4} {'drawn':>6} "
+        f"{'obeys':>6} {'held-out':>8} {'matched':>8} {'FD/floor':>8} {'recall':>6}  date",
         *table,
         sep="\n",
     )
