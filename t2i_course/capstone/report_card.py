@@ -122,7 +122,7 @@ def figure(
     rows:list,  # as from `entries`
     floor:float=1., # of the Frechet distance, in floors
 )->Figure:
-    "Obedience against distance to real pictures, recall against the price of a picture; a dot is a mean of seeds"
+    "Obedience against distance to real pictures, recall against price; a dot is a mean of seeds"
     fig = canvas((9, 3.6), dpi=DPI, layout='constrained')
     left,right = fig.subplots(1, 2)
     for e,c in zip(rows, COLOURS):

@@ -137,7 +137,8 @@ def train_judge(
             return b.x,raw_cond(y, torch.ones_like(y, dtype=torch.bool))
         state = State(judge, lr=3e-3, ema=EMA(judge, half_life=70*batch), weight_decay=.02,
                       precision='bf16' if has_bf16() else 'fp32')
-        for r in train(state, judge_loss(judge, damage), pictures, images=steps*batch, batch=batch, seed=seed):
+        how = dict(images=steps*batch, batch=batch, seed=seed)
+        for r in train(state, judge_loss(judge, damage), pictures, **how):
             if progress: progress(r)
     judge.load_state_dict(state.ema.shadow)
     return standardised(judge, data, seed+1)
@@ -452,7 +453,8 @@ def protocol(
 )->dict:
     "How every row of the course is measured, in words"
     judge,n = judge or judge_for(data),n or DRAWINGS.get(data.name, 1000)
-    if not judge: return in_words(data, at_most(data, n), False, RandomFeatures.name, copy_space(data).__name__)
+    near = copy_space(data).__name__
+    if not judge: return in_words(data, at_most(data, n), False, RandomFeatures.name, near)
     features = f'judge {fingerprint(judge)}, 64 numbers a picture, standardised over its training pictures'
     return in_words(data, n, True, features, copy_space(data).__name__)
 
@@ -618,7 +620,8 @@ def evaluate(
     r,start = reference(data, judge, n),time.perf_counter()
     x,took = drawn(r['captions'], seed),time.perf_counter()-start
     row = dict(data=data.name, split='test', n=n, n_asked=asked, seed=seed, nearest=copied(r, x),
-               seconds_per_1000=1000/n*took, nearest_real=r['nearest_real'])|({'n_note':said[0]} if said else {})
+               seconds_per_1000=1000/n*took, nearest_real=r['nearest_real'])
+    if said: row |= dict(n_note=said[0])
     if n_trained:
         captions = r['seen_captions'][:n_trained]
         row |= dict(nearest_train_captions=copied(r, drawn(captions, seed+2)), n_train_captions=len(captions))

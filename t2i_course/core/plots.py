@@ -305,7 +305,7 @@ def _texts(captions, h, w, cols, below)->str: # every caption under its picture,
     return ''.join(f'<div style="{style};{place(i)}">{html.escape(c)}</div>' for i,c in enumerate(captions))
 
 # %% ../../nbs/01_core/06_plots.ipynb #f200eacf
-def _drawn(frames, cols, captions)->tuple: # PNG files, width on the page, are they pixel art, captions as HTML
+def _drawn(frames, cols, captions)->tuple: # PNG files, width, are they pixel art, captions as HTML
     f = frames[0]
     if not isinstance(f, Tensor):
         if captions: raise ValueError('captions go under pictures; a figure has its own texts')
