@@ -1,13 +1,13 @@
 "The sweeps of the samplers chapter: solvers of the ODE against calls of the network, and spacings of steps."
 
-from functools import cache, partial
+from functools import cache, cached_property, partial
 
 import torch
 
 from t2i_course.core.counting import parameters
 from t2i_course.core.data import Draws
 from t2i_course.core.experiments import best_precision
-from t2i_course.core.metrics import evaluate, judge_for, reference
+from t2i_course.core.metrics import RandomFeatures, distinct, evaluate, frechet, judge_for, real_floor
 from t2i_course.core.sources import load
 from t2i_course.diffusion.ddpm import drawer, guided
 from t2i_course.diffusion.samplers import GRIDS, SAMPLERS, heun, solver_errors, steps_for, uniform
@@ -17,6 +17,7 @@ RUNS = dict(
 )
 CALLS = (5, 8, 10, 15, 20, 50)
 SEEDS = 10  # of noise, on one model
+SEED = 20  # of the real pictures, as in the protocol
 SWEEP = dict(
     smoke=dict(
         n=16,  # drawings of a noise seed
@@ -48,25 +49,51 @@ class OnModel:
     def device(self):
         return next(self.run.model.net.parameters()).device
 
+    def real(self, split: str, most: int):
+        "Real pictures of a split, each once"
+        return self.data.batch(split, Draws(SEED, torch.arange(min(most, distinct(self.data, split))))).x
+
+    @cached_property
+    def details(self):
+        "Features that see blur, which a judge does not: they are random, so they ignore nothing"
+        return RandomFeatures(self.real("train", 2_000))
+
+    @cached_property
+    def unseen(self) -> dict:
+        "Features of the test pictures, which neither the model nor the judge learned from"
+        x = self.real("test", 10_000)
+        return dict(fd_unseen=judge_for(self.data).features(x), fd_detail=self.details(x))
+
     def setting(self, **more) -> dict:
-        "What all arms share"
-        floor = reference(self.data, judge_for(self.data), self.n)["floor"]["fd_floor"]
+        "What all arms share, and what real pictures get in the place of the drawings"
+        train, floors = self.real("train", 10_000), {}
+        seen = dict(fd_unseen=judge_for(self.data).features, fd_detail=self.details)
+        for name, test in self.unseen.items():
+            pool = torch.cat([test.double(), seen[name](train).double()])
+            floors[f"{name}_floor"] = real_floor(pool, self.n, len(test))["fd_floor"]
         about = dict(model=f"{self.run.config.recipe}, target {self.run.config.target}", guidance=1.0)
-        about |= dict(data=self.data.name, images=self.run.config.images, n=self.n, fd_floor=floor)
+        about |= dict(data=self.data.name, images=self.run.config.images, n=self.n) | floors
         return about | dict(precision=best_precision(), **more)
 
     def full_row(self, sampler, ts, seed, **about) -> dict:
-        "A row of the protocol"
-        den = self.run.model
-        draw = drawer(den, self.run.tok, self.run.config.shape, ts, sampler=sampler)
-        row = evaluate(draw, self.data, judge_for(self.data), self.n, seed)
+        "A row of the protocol, and the distances to unseen pictures"
+        den, drawn = self.run.model, []
+        paint = drawer(den, self.run.tok, self.run.config.shape, ts, sampler=sampler)
+
+        def draw(captions, seed):
+            drawn.append(paint(captions, seed).cpu().clamp(-1, 1))
+            return drawn[-1]
+
+        row = evaluate(draw, self.data, judge_for(self.data), self.n, seed, n_heldout=0)
+        row["fd_unseen"] = frechet(judge_for(self.data).features(drawn[0]), self.unseen["fd_unseen"])
+        row["fd_detail"] = frechet(self.details(drawn[0]), self.unseen["fd_detail"])
         return row | dict(params=parameters(den.net), images=self.run.config.images) | about
 
     def row(self, sampler, grid, n, seed, **about) -> dict:
         "The numbers of a sampler that are compared: the same captions for all, start noise by the seed"
         o = self.full_row(sampler, grid(self.run.model.process, n), seed)
-        keys = ("fd", "fd_unseen", "fd_unseen_floor", "precision", "recall")
-        return {k: o[k] for k in keys if k in o} | dict(obedience=o["obedience"]["all"]) | about
+        keys = ("fd", "fd_unseen", "fd_detail", "precision", "recall")
+        return {k: o[k] for k in keys} | dict(obedience=o["obedience"]["all"]) | about
 
     def pictures(self, split, n, seed):
         "Pictures of a split, on the device of the model"
