@@ -104,27 +104,40 @@ def text_table(
     return '\n'.join('  '.join(f'{v:<{w}}' if i<2 else f'{v:>{w}}' for i,(v,w) in enumerate(zip(r, wide)))
                      for r in (head, *rows))
 
+# %% ../../nbs/13_capstone/01_report_card.ipynb #dotnames
+def _name_dot(ax, name, x, y, colour, left=False): # beside the dot
+    ax.annotate(name, (x, y), xytext=(-8 if left else 8, -3), textcoords='offset points',
+                ha='right' if left else 'left', color=colour, fontsize=8.5)
+
+def _number_axis(ax, ticks, **texts): # logarithmic, with plain numbers
+    ax.set(xscale='log', **texts)
+    ax.set_xticks(ticks, [f'{t:g}' for t in ticks])
+    ax.minorticks_off()
+    ax.margins(x=.3)
+    ax.spines[['top','right']].set_visible(False)
+    ax.grid(alpha=.3)
+
 # %% ../../nbs/13_capstone/01_report_card.ipynb #57bb4746
 def figure(
     rows:list,  # as from `entries`
     floor:float=1., # of the Frechet distance, in floors
 )->Figure:
-    """Obedience against distance to real pictures, recall against what a picture costs; a dot is a mean of
-    seeds"""
+    "Obedience against distance to real pictures, recall against the price of a picture; a dot is a mean of seeds"
     fig = canvas((9, 3.6), dpi=DPI, layout='constrained')
     left,right = fig.subplots(1, 2)
     for e,c in zip(rows, COLOURS):
-        left.errorbar(e['floors'][0], 100*e['obeys'][0], xerr=e['floors'][1]/2, yerr=50*e['obeys'][1],
-                      fmt='o', color=c, label=e['name'])
+        x,y = e['floors'][0],100*e['obeys'][0]
+        left.errorbar(x, y, xerr=e['floors'][1]/2, yerr=50*e['obeys'][1], fmt='o', color=c)
         right.scatter(e['drawing'][0], e['recall'][0], s=40, color=c)
-    fig.legend(loc='outside right upper', frameon=False, fontsize=8)
+        close = any(1<r['floors'][0]/x<2 and abs(100*r['obeys'][0]-y)<5 for r in rows) # a dot to its right
+        _name_dot(left, e['name'], x, y, c, close)
+        _name_dot(right, e['name'], e['drawing'][0], e['recall'][0], c)
     left.axvline(floor, color='gray', lw=.8, ls=':')
-    left.set(xscale='log', xlabel='Frechet distance, multiples of real against real',
-             ylabel='obeys the caption, %', title='how good')
-    right.set(xscale='log', xlabel='seconds per 1,000 pictures', ylabel='recall', title='at what price')
-    for a in (left, right):
-        a.spines[['top','right']].set_visible(False)
-        a.grid(alpha=.3)
+    _number_axis(left, (1, 2, 5, 10, 20), xlabel='Frechet distance, multiples of real against real',
+                 ylabel='obeys the caption, %', title='how good')
+    _number_axis(right, (.1, .3, 1, 3, 10, 30), xlabel='seconds per 1,000 pictures', ylabel='recall',
+                 title='at what price')
     names = '; '.join(f"{e['name']} obeys {100*e['obeys'][0]:.0f}% at {e['floors'][0]:.1f} floors"
                       for e in rows)
     return Figure(fig, f'Two scatter plots of the paradigms. {names}')
+
