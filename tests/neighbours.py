@@ -20,7 +20,9 @@ def answer(run, captions):
 """),
     ],
     "start.notation": [
-        (1, "EDM's published numbers, alpha left out of the skip", "def answer(alpha, sigma, c_skip, c_out): return (1-c_skip)/c_out,-c_skip*sigma/(alpha*c_out)"),
+        (1, "alpha left out of the skip", """
+def answer(alpha, sigma, c_skip, c_out): return (1-c_skip)/c_out,-c_skip*sigma/(alpha*c_out)
+"""),
         (2, "the derivatives change places", """
 class answer(Reversed):
     def coefs(self, t):
