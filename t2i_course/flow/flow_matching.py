@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.contracts import of_data
 from ..core.data import Draws, Labelled
 from ..diffusion.ddpm import Coefs, Denoiser, SIZES, UNetConfig, text_unet, uniform_times, velocity
-from ..diffusion.preconditioning import SkipConfig, caption_skip, closed_form
+from ..diffusion.closed_form import SkipConfig, caption_skip, closed_form
 
 # %% ../../nbs/06_flow/01_flow_matching.ipynb #de632d90
 class LinearPath:

@@ -19,7 +19,7 @@ from ..core.counting import multiply_adds, parameters
 from ..core.data import Draws, Labelled
 from ..core.files import CourseError
 from ..diffusion.ddpm import Denoiser, VP, captioned, linear_betas, v
-from ..diffusion.preconditioning import SkipConfig, caption_skip, closed_form
+from ..diffusion.closed_form import SkipConfig, caption_skip, closed_form
 
 # %% ../../nbs/05_transformer/01_dit.ipynb #384d4ab6
 def patchify(
