@@ -21,7 +21,7 @@ def answer(q, k, v, mask): return F.scaled_dot_product_attention(q, k, v, attn_m
         (2, "the median radius for all balls", """
 def answer(real, fake, k=5):
     radius = torch.cdist(real, real).kthvalue(k+1).values.median()
-    return (torch.cdist(fake, real)<=4*radius).any(1).double().mean().item()
+    return (torch.cdist(fake, real)<=radius).any(1).double().mean().item()
 """),
         (3, "upside down, not dark", "def answer(x, draws): return augment(x, draws).flip(2)"),
         (3, "other random numbers at every call", """

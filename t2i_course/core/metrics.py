@@ -31,12 +31,12 @@ from .ema import EMA
 from .protocols import (DRAWINGS, K, LEAST, N_SPLITS, SEED, at_most, cut_at, distinct, ends,
                                        even_order, in_words, n_real, n_seen, n_unseen, paired_gap, real_side)
 
-# %% ../../nbs/01_core/05_metrics.ipynb #d90eb68a
+# %% ../../nbs/01_core/05_metrics.ipynb #7b003004
 # written by hand, in core/cards.py and core/protocols.py
 _all_ = ['read_card', 'weights_path', 'DRAWINGS', 'K', 'LEAST', 'N_SPLITS', 'SEED', 'at_most', 'cut_at',
          'distinct', 'even_order', 'n_real', 'n_seen', 'n_unseen', 'paired_gap', 'real_side']
 
-# %% ../../nbs/01_core/05_metrics.ipynb #c8fda49d
+# %% ../../nbs/01_core/05_metrics.ipynb #e513713d
 # ---- the judge ----
 def _conv(i, o, stride=1):
     return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.SiLU())
@@ -97,7 +97,7 @@ def augment(
     soft = F.avg_pool2d(F.pad(x, (1,1,1,1), mode='replicate'), 3, 1)
     return torch.where((draws.uniform('soft')<.3)[:,None,None,None], soft, x)
 
-# %% ../../nbs/01_core/05_metrics.ipynb #7f504b95
+# %% ../../nbs/01_core/05_metrics.ipynb #a2a49034
 def judge_split(data)->str:
     "The split a judge learns from: 'judge' (training glyphs in all combinations) where there is one"
     return 'judge' if 'judge' in data.splits else 'train'
@@ -585,7 +585,7 @@ def plain_row(
                 precision=precision, recall=recall,
                 **{k:r[k] for k in ('fd_test','n_reference','precision_real','recall_real')})
 
-# %% ../../nbs/01_core/05_metrics.ipynb #b9f76088
+# %% ../../nbs/01_core/05_metrics.ipynb #58af6238
 def checked(draw):
     "The same painter; pictures with NaN are an error, what is outside [-1,1] is cut"
     def drawn(captions, seed):
