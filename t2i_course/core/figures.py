@@ -1,4 +1,4 @@
-"""What the pictures of the course are drawn on: figures without a window, pictures as bytes, axes with plain numbers.
+"""What the course draws on: figures without a window, pictures as bytes, axes with plain numbers.
 
 `core.plots` is the chapter about what to draw."""
 
@@ -121,7 +121,7 @@ def png_of(
 
 
 class Grid:
-    "A figure with places for n pictures, captions under them, row names at the left, a title above; all in inches"
+    "Places for n pictures, captions under them, row names at the left, a title above; all in inches"
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The numbers of the protocol: which pictures, which captions, how many, in which order; and the same in words.
+"""The protocol in numbers: which pictures and captions, how many, in which order; and the same in words.
 
 `core.metrics` teaches what is measured with them and why."""
 
@@ -145,7 +145,10 @@ def in_words(
     return head | sides(data, n) | dict(nearest=f"{near}{n_unseen(data, n):,} unseen real pictures")
 
 
-EACH = "KID (polynomial kernel, degree 3, unbiased), precision and recall: {} drawings against {} reference pictures"
+EACH = (
+    "KID (polynomial kernel, degree 3, unbiased), precision and recall: "
+    "{} drawings against {} reference pictures"
+)
 
 
 def _unjudged(data, n):
@@ -153,7 +156,8 @@ def _unjudged(data, n):
     return dict(
         reference=f"{known} pictures",
         captions=f"those of {n} test pictures, one drawing each",
-        fd_floor=f"{n} real pictures in place of the drawings, mean of {N_SPLITS} random cuts of all real pictures",
+        fd_floor=f"{n} real pictures in place of the drawings, "
+        f"mean of {N_SPLITS} random cuts of all real pictures",
     )
 
 
