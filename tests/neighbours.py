@@ -52,7 +52,26 @@ def answer(q, k, v, mask): return F.scaled_dot_product_attention(q, k, v, attn_m
         (1, "the decay of a whole batch", "def answer(H, n, k): return .5**(n/H)"),
     ],
     "core.metrics": [
-        (1, "the whole covariance", "def answer(fa, fb): return frechet(fa, fb)"),
+        (1, "the whole covariance", "from t2i_course.core.metrics import frechet as answer"),
+        (1, "variances in place of standard deviations", "def answer(fa, fb): return ((fa.mean(0)-fb.mean(0))**2+fa.var(0)+fb.var(0)).sum().item()"),
+        (2, "the median radius for all balls", """
+def answer(real, fake, k=5):
+    radius = torch.cdist(real, real).kthvalue(k+1).values.median()
+    return (torch.cdist(fake, real)<=radius).any(1).double().mean().item()
+"""),
+        (3, "upside down, not dark", "def answer(x, draws): return augment(x, draws).flip(2)"),
+        (3, "other random numbers at every call", """
+def answer(x, draws): return augment(x, draws)*torch.where(torch.rand(len(x))<.5, -1., 1.)[:,None,None,None]
+"""),
+    ],
+    "core.plots": [
+        (1, "the spread, not the error of the mean", "def answer(s1, s2, n): return (s2/n-(s1/n)**2)**.5"),
+        (2, "the highest loss in either network", "def answer(ts, good, ts2, theirs): return ts2[theirs.argmax()].item()"),
+        (3, "the sum over the pixels", "def answer(net, x0, eps, t): return (net((1-t)*x0+t*eps, t)-eps).square().flatten(1).sum(1)"),
+        (3, "one number for the batch", "def answer(net, x0, eps, t): return F.mse_loss(net((1-t)*x0+t*eps, t), eps)"),
+        (3, "a path that keeps the variance", """
+def answer(net, x0, eps, t): return (net((1-t**2).sqrt()*x0+t*eps, t)-eps).square().flatten(1).mean(1)
+"""),
     ],
     "gan.adversarial": [
         (2, "half of the gradient is cut off", "def answer(disc, x, u, h): return ((disc(x+h*u)-disc(x).detach())/h).square()"),

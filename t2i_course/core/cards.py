@@ -1,4 +1,4 @@
-"""Weights with a card: a JSON file that says what they are, how they were made, and the hash of the file."""
+"""Weights with a card: a JSON file beside them says what they are, how they were made, and their hash."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What pictures are drawn on: figures without a window, pictures as bytes, axes with plain numbers.
+"""What the course draws on: figures without a window, pictures as bytes, axes with plain numbers.
 
 `core.plots` is the chapter about what to draw."""
 

@@ -31,12 +31,12 @@ from .ema import EMA
 from .protocols import (DRAWINGS, K, LEAST, N_SPLITS, SEED, at_most, cut_at, distinct, ends,
                                        even_order, in_words, n_real, n_seen, n_unseen, paired_gap, real_side)
 
-# %% ../../nbs/01_core/05_metrics.ipynb #df5c0183
+# %% ../../nbs/01_core/05_metrics.ipynb #1025309e
 # written by hand, in core/cards.py and core/protocols.py
 _all_ = ['read_card', 'weights_path', 'DRAWINGS', 'K', 'LEAST', 'N_SPLITS', 'SEED', 'at_most', 'cut_at',
          'distinct', 'even_order', 'n_real', 'n_seen', 'n_unseen', 'paired_gap', 'real_side']
 
-# %% ../../nbs/01_core/05_metrics.ipynb #a2f8ea78
+# %% ../../nbs/01_core/05_metrics.ipynb #367634b5
 # ---- the judge ----
 def _conv(i, o, stride=1):
     return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.SiLU())
@@ -97,7 +97,7 @@ def augment(
     soft = F.avg_pool2d(F.pad(x, (1,1,1,1), mode='replicate'), 3, 1)
     return torch.where((draws.uniform('soft')<.3)[:,None,None,None], soft, x)
 
-# %% ../../nbs/01_core/05_metrics.ipynb #ac4a7b0a
+# %% ../../nbs/01_core/05_metrics.ipynb #bab38866
 def judge_split(data)->str:
     "The split a judge learns from: 'judge' (training glyphs in all combinations) where there is one"
     return 'judge' if 'judge' in data.splits else 'train'
@@ -137,8 +137,8 @@ def train_judge(
             return b.x,raw_cond(y, torch.ones_like(y, dtype=torch.bool))
         state = State(judge, lr=3e-3, ema=EMA(judge, half_life=70*batch), weight_decay=.02,
                       precision='bf16' if has_bf16() else 'fp32')
-        how = dict(images=steps*batch, batch=batch, seed=seed)
-        for r in train(state, judge_loss(judge, damage), pictures, **how):
+        loss = judge_loss(judge, damage)
+        for r in train(state, loss, pictures, images=steps*batch, batch=batch, seed=seed):
             if progress: progress(r)
     judge.load_state_dict(state.ema.shadow)
     return standardised(judge, data, seed+1)
@@ -453,10 +453,10 @@ def protocol(
 )->dict:
     "How every row of the course is measured, in words"
     judge,n = judge or judge_for(data),n or DRAWINGS.get(data.name, 1000)
-    near = copy_space(data).__name__
-    if not judge: return in_words(data, at_most(data, n), False, RandomFeatures.name, near)
+    space = copy_space(data).__name__
+    if not judge: return in_words(data, at_most(data, n), False, RandomFeatures.name, space)
     features = f'judge {fingerprint(judge)}, 64 numbers a picture, standardised over its training pictures'
-    return in_words(data, n, True, features, copy_space(data).__name__)
+    return in_words(data, n, True, features, space)
 
 # %% ../../nbs/01_core/05_metrics.ipynb #anydata3
 def real_distances(
@@ -587,7 +587,7 @@ def plain_row(
                 precision=precision, recall=recall,
                 **{k:r[k] for k in ('fd_test','n_reference','precision_real','recall_real')})
 
-# %% ../../nbs/01_core/05_metrics.ipynb #f758d9f1
+# %% ../../nbs/01_core/05_metrics.ipynb #7cda6548
 def checked(draw):
     "The same painter; pictures with NaN are an error, what is outside [-1,1] is cut"
     def drawn(captions, seed):
@@ -619,9 +619,8 @@ def evaluate(
     n = asked if judge else at_most(data, asked, said.append)
     r,start = reference(data, judge, n),time.perf_counter()
     x,took = drawn(r['captions'], seed),time.perf_counter()-start
-    row = dict(data=data.name, split='test', n=n, n_asked=asked, seed=seed, nearest=copied(r, x),
-               seconds_per_1000=1000/n*took, nearest_real=r['nearest_real'])
-    if said: row |= dict(n_note=said[0])
+    row = dict(data=data.name, split='test', n=n, n_asked=asked, seed=seed, seconds_per_1000=1000/n*took,
+               nearest=copied(r, x), nearest_real=r['nearest_real'], **({'n_note':said[0]} if said else {}))
     if n_trained:
         captions = r['seen_captions'][:n_trained]
         row |= dict(nearest_train_captions=copied(r, drawn(captions, seed+2)), n_train_captions=len(captions))

@@ -14,7 +14,7 @@ from torch import Tensor
 from .figures import (COLOURS, DPI, Figure, Grid, axes, canvas, log_axis, mosaic, plain,
                                      png_of, rgb)
 
-# %% ../../nbs/01_core/06_plots.ipynb #92c982b8
+# %% ../../nbs/01_core/06_plots.ipynb #6b8e4c3b
 _all_ = ['COLOURS', 'DPI', 'Figure', 'canvas', 'mosaic', 'rgb'] # written by hand, in core/figures.py
 
 # %% ../../nbs/01_core/06_plots.ipynb #6ee86a56
@@ -50,7 +50,7 @@ def sheet(
     else:
         with open(path, 'wb') as f: f.write(data)
 
-# %% ../../nbs/01_core/06_plots.ipynb #a9533c04
+# %% ../../nbs/01_core/06_plots.ipynb #be17ea9a
 def _apart(
     places, # numbers that rise
     gap,    # wanted between neighbours
@@ -85,7 +85,7 @@ def name_lines(
         ax.annotate(l.get_label(), point, xytext=(6, place-at), va='center', textcoords='offset points',
                     color=l.get_color(), fontsize=size, annotation_clip=False)
 
-# %% ../../nbs/01_core/06_plots.ipynb #14dacbcb
+# %% ../../nbs/01_core/06_plots.ipynb #010adc9c
 def _legend(ax, n): # inside, where it covers least; outside when there are many names
     where = dict(loc='upper left', bbox_to_anchor=(1.01, 1.)) if n>4 else {}
     ax.legend(frameon=False, fontsize=8.5, **where)
@@ -133,7 +133,7 @@ def arrow(
     middle = [(a+b)/2 for a,b in zip(start, end)]
     if text: ax.annotate(text, middle, xytext=(6, 6), textcoords='offset points', color=colour, fontsize=9)
 
-# %% ../../nbs/01_core/06_plots.ipynb #fdbddd90
+# %% ../../nbs/01_core/06_plots.ipynb #73c1f703
 def _beside(ax, point, away, text, colour): # a name near a point, on the side that `away` points to
     u,v = (away/away.norm().clamp_min(1e-9)).tolist()
     ha = 'left' if u>.4 else 'right' if u<-.4 else 'center'
@@ -141,7 +141,7 @@ def _beside(ax, point, away, text, colour): # a name near a point, on the side t
     ax.annotate(text, point.tolist(), xytext=(9*u, 9*v), ha=ha, va=va, color=colour, fontsize=10,
                 textcoords='offset points')
 
-# %% ../../nbs/01_core/06_plots.ipynb #ddb94562
+# %% ../../nbs/01_core/06_plots.ipynb #70640760
 def draw_step(
     ax,      # matplotlib axes
     x_t,     # (2) where the sampler stands
@@ -166,7 +166,7 @@ def in_kernel()->bool:
     ip = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
     return hasattr(ip, 'kernel') and not os.environ.get('IN_TEST')
 
-# %% ../../nbs/01_core/06_plots.ipynb #87f1a0e0
+# %% ../../nbs/01_core/06_plots.ipynb #57b7198b
 def _running_mean(
     y:Tensor,  # (n) losses; what is not finite does not count
     width:int, # how many are averaged
@@ -217,7 +217,7 @@ class Live:
     def draw(self): self.handle = _in_place(self.figure(), self.handle)
     def done(self): self.draw() if in_kernel() else print(self.summary())
 
-# %% ../../nbs/01_core/06_plots.ipynb #711a85b8
+# %% ../../nbs/01_core/06_plots.ipynb #8934f703
 def _in_a_line(name, losses, r)->str:
     tail = losses[-max(1, len(losses)//10):]
     mean = f'{name} {sum(tail)/len(tail):.4f} (mean of the last tenth)'
@@ -288,7 +288,7 @@ def _block(sources, labels, at, title, said, width, crisp, texts)->str:
         f'aria-valuetext="{q(labels[at])}" oninput="{q(_TURN)}">'
         f'<output style="min-width:9em">{q(labels[at])}</output></div></div>')
 
-# %% ../../nbs/01_core/06_plots.ipynb #97e5307f
+# %% ../../nbs/01_core/06_plots.ipynb #20c4a896
 def _scale(w)->int: return max(3, math.ceil(72/w)) # screen pixels for each pixel of a picture
 
 def _band(captions, w)->int: # white pixels below each row: as many lines as the longest caption needs
@@ -304,7 +304,7 @@ def _texts(captions, h, w, cols, below)->str: # every caption under its picture,
         return f'left:{100*c*(w+2)/W:.2f}%;top:{100*(r*(h+2+below)+h+1)/H:.2f}%'
     return ''.join(f'<div style="{style};{place(i)}">{html.escape(c)}</div>' for i,c in enumerate(captions))
 
-# %% ../../nbs/01_core/06_plots.ipynb #f200eacf
+# %% ../../nbs/01_core/06_plots.ipynb #26d1e7d0
 def _drawn(frames, cols, captions)->tuple: # PNG files, width, are they pixel art, captions as HTML
     f = frames[0]
     if not isinstance(f, Tensor):

@@ -1,4 +1,4 @@
-"""The numbers of the protocol: which pictures, which captions, how many, in which order; and it in words.
+"""The protocol in numbers: which pictures and captions, how many, in which order; and the same in words.
 
 `core.metrics` teaches what is measured with them and why."""
 
