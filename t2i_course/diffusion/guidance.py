@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LEARNED', 'ZEROS', 'TS', 'BOUND', 'FIXES', 'Nulls', 'nulls', 'digits_model', 'painter', 'diversity', 'demanded',
            'shown', 'measured', 'NoisyClassifier', 'label_reader', 'train_classifier', 'accuracy_by_t', 'by_classifier',
-           'interval', 'PaintedConfig', 'painted_config', 'early_times', 'painted_model', 'on_gray', 'saturation',
-           'dynamic_threshold', 'threshold', 'both', 'rescale', 'rescaled']
+           'cost', 'interval', 'PaintedConfig', 'painted_config', 'early_times', 'painted_model', 'on_gray',
+           'saturation', 'dynamic_threshold', 'threshold', 'both', 'rescale', 'rescaled']
 
 # %% ../../nbs/04_diffusion/09_guidance.ipynb #5eb71822
 import time
@@ -241,6 +241,19 @@ def by_classifier(
             return x0+s*c.sigma**2/c.alpha*grad,eps-s*c.sigma*grad
         return predict
     return guide
+
+# %% ../../nbs/04_diffusion/09_guidance.ipynb #e559ba6e
+def cost(
+    draw,          # draw(captions, seed)
+    captions,      # what to draw
+    steps:int,     # of the sampler
+    repeats:int=3, # the fastest counts
+)->float:          # seconds a step
+    def once():
+        start = time.perf_counter()
+        draw(captions, 0)
+        return time.perf_counter()-start
+    return min(once() for _ in range(repeats))/steps
 
 # %% ../../nbs/04_diffusion/09_guidance.ipynb #3316ec3f
 def interval(
