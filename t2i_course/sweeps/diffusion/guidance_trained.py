@@ -1,7 +1,6 @@
 "The guidance chapter's own models: both kinds of guidance, dropout, nulls, spans, saturation, remedies."
 
 import copy
-import time
 from functools import cache, lru_cache, partial
 
 from t2i_course.core.data import NUMBERS
@@ -15,6 +14,7 @@ from t2i_course.diffusion.guidance import (
     TS,
     accuracy_by_t,
     by_classifier,
+    cost,
     digits_model,
     interval,
     label_reader,
@@ -47,22 +47,6 @@ SWEEP = dict(
     full=GRID | dict(images=1_000_000, classifier=500_000, painted=4_000_000, n=5000, gray=86, steps=50),
 )
 NULLS = ("text", "learned", "zeros")
-
-
-def cost(
-    draw,  # draw(captions, seed)
-    captions,  # what to draw
-    steps: int,  # of the sampler
-    repeats: int = 3,  # the fastest counts
-) -> float:  # seconds a step
-    "What a step takes"
-
-    def once():
-        start = time.perf_counter()
-        draw(captions, 0)
-        return time.perf_counter() - start
-
-    return min(once() for _ in range(repeats)) / steps
 
 
 def short(
