@@ -15,7 +15,7 @@ from nbdev.clean import clean_nb
 from tree import LIB, ROOT, chapters, copy_to, files, generated, modules, notebooks
 
 NOTEBOOKS, CHAPTERS = notebooks(), chapters()
-GROUND = {"files", "sources", "downloads", "contracts", "counting", "shards"}  # written by hand, below all chapters that use them
+GROUND = {"files", "text", "dials", "sources", "downloads", "contracts", "counting", "shards"}  # written by hand, below all chapters that use them
 BY_MODULE = {chapter.address: chapter for chapter in CHAPTERS}
 every_notebook = pytest.mark.parametrize("nb", NOTEBOOKS, ids=str)
 every_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=str)
