@@ -40,7 +40,18 @@ def answer(net, process, target, x, t):
 """),
     ],
     "core.data": [
-        (1, "one normal number, not two", "def answer(u): return 2**.5*torch.erfinv(1-u)"),
+        (1, "half of the perimeter taken for the sum of all sides", "def answer(area, perimeter): return perimeter-(perimeter**2-area).sqrt()"),
+        (1, "the formula of the page", "def answer(area, perimeter): return 2*area/perimeter"),
+        (3, "the edge comes in on the other side", """
+def answer(x, draws):
+    moves = zip(draws.choice('down', 3).tolist(), draws.choice('right', 3).tolist())
+    return torch.stack([p.roll((i-1, j-1), (1, 2)) for p,(i,j) in zip(x, moves)])
+"""),
+        (3, "one move for the batch, from the first index", """
+def answer(x, draws):
+    i,j = draws.choice('down', 3)[0],draws.choice('right', 3)[0]
+    return F.pad(x, (1,1,1,1), value=-1)[:,:,i:i+x.shape[2],j:j+x.shape[3]]
+"""),
     ],
     "core.conditioning": [
         (2, "no mask", "def answer(q, k, v, mask): return (q@k.transpose(1, 2)/q.shape[-1]**.5).softmax(-1)@v"),

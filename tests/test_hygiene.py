@@ -18,7 +18,7 @@ from tree import LIB, ROOT, chapters, copy_to, files, generated, modules, notebo
 NOTEBOOKS, CHAPTERS = notebooks(), chapters()
 # written by hand, below all chapters that use them
 GROUND = {"files", "sources", "downloads", "contracts", "counting", "shards", "figures", "cards", "protocols", "machine",
-          "processes", "resuming"}
+          "processes", "resuming", "dials", "text"}
 FOLD = runpy.run_path(str(ROOT / "tools" / "fold.py"))["fold"]
 BY_MODULE = {chapter.address: chapter for chapter in CHAPTERS}
 every_notebook = pytest.mark.parametrize("nb", NOTEBOOKS, ids=str)

@@ -22,7 +22,8 @@ from ..core.metrics import evaluate, glyph_space, judge_for, reference
 from ..core.training import State, feed, pick_device, train
 from .ddpm import Config, Denoiser, ResBlock, VP, drawer, fourier, guided, linear_betas
 from .ddpm import recipe_for, sample, solve, text_unet, uniform_times, v
-from .preconditioning import SkipConfig, caption_skip, closed_form, fit_skip, group_of
+from .closed_form import SkipConfig, caption_skip, closed_form, group_of
+from .preconditioning import fit_skip
 
 # %% ../../nbs/04_diffusion/09_guidance.ipynb #2f2a70c0
 # ---- what "no caption" is ----
