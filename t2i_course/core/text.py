@@ -1,4 +1,4 @@
-"""How the course cuts a text into words, whatever its script, and what it says of words that a model never saw."""
+"""How the course cuts a text into words, in any script, and what it says of words that a model never saw."""
 
 import re
 import unicodedata

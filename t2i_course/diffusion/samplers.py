@@ -182,5 +182,7 @@ def solver_errors(
     "How far the ODE's samplers are from where the ODE leads: an error of the sampler, not of the network"
     end = lambda sampler,ts: list(sampler(predict, process, noise, ts))[-1]
     goal = end(heun, rho_times(process, fine, math.inf, .01))
-    off = lambda sampler,k: (end(sampler, grid(process, steps_for(sampler, k)))-goal).square().mean().sqrt().item()
+    def off(sampler, k):
+        reached = end(sampler, grid(process, steps_for(sampler, k)))
+        return (reached-goal).square().mean().sqrt().item()
     return {name: {str(k): off(sampler, k) for k in nfe} for name,sampler in SAMPLERS.items()}
