@@ -148,6 +148,52 @@ def answer(slope, y, l, l_next):
     return y+(l_next-l)*slope(y, l)
 """),
     ],
+    "diffusion.preconditioning": [
+        (1, "divided by the variance, not by its root", "def answer(alpha, sigma, mu, var): return alpha*mu,1/(alpha**2*var+sigma**2)"),
+        (1, "the published c_in, which knows no mean", "def answer(alpha, sigma, mu, var): return 0.,(alpha**2*var+sigma**2)**-.5"),
+        (2, "the noise", "def answer(alpha, sigma, sd): return 0.,1."),
+        (2, "the picture", "def answer(alpha, sigma, sd): return 1.,0."),
+        (2, "v", "def answer(alpha, sigma, sd): return -sigma,alpha"),
+        (3, "the noise, of the moved ring", """
+def answer(F, x_t, s, mu, sd): return x_t-s*F((x_t-mu)/(s**2+sd**2)**.5, s)
+"""),
+        (3, "the picture, of the moved ring", """
+def answer(F, x_t, s, mu, sd): return mu+F((x_t-mu)/(s**2+sd**2)**.5, s)
+"""),
+        (3, "1 in place of the variance of the data", """
+def answer(F, x_t, s, mu, sd): return mu+(x_t-mu)/(1+s**2)+s/(1+s**2)**.5*F((x_t-mu)/(1+s**2)**.5, s)
+"""),
+        (3, "the skip without the network", "def answer(F, x_t, s, mu, sd): return mu+sd**2/(s**2+sd**2)*(x_t-mu)"),
+    ],
+    "diffusion.closed_form": [
+        (1, "the gain of the mean forgotten", """
+def answer(x_t, alpha, sigma, mu, cov):
+    var,V = torch.linalg.eigh(cov)
+    both = alpha**2*var+sigma**2
+    return mu+((x_t-mu)@V*(alpha*var/both))@V.T,(sigma**2*var/both).mean().sqrt()
+"""),
+        (1, "the mean of the roots promised", """
+def answer(x_t, alpha, sigma, mu, cov):
+    var,V = torch.linalg.eigh(cov)
+    both = alpha**2*var+sigma**2
+    return mu+((x_t-alpha*mu)@V*(alpha*var/both))@V.T,(sigma**2*var/both).sqrt().mean()
+"""),
+        (2, "boost left out", """
+def answer(x0_hat, c_out, V, F, b): return x0_hat+c_out*torch.einsum('nij,njhw->nihw', V, F)
+"""),
+        (2, "guidance's weights", """
+def answer(x0_hat, c_out, V, F, b): return (1-b)*x0_hat+b*c_out*torch.einsum('nij,njhw->nihw', V, F)
+"""),
+        (3, "the mean alone", """
+def answer(x_t, c, mean, var): return mean+0*x_t,var**.5+0*c.alpha,(x_t-c.alpha*mean)/(c.alpha**2*var+c.sigma**2)**.5
+"""),
+        (3, "variance and root mixed up", """
+def answer(x_t, c, mean, var):
+    gain,error = wiener(c, var**.5)
+    away = x_t-c.alpha*mean
+    return mean+gain*away,error.sqrt(),away/(c.alpha**2*var**.5+c.sigma**2)**.5
+"""),
+    ],
     "diffusion.guidance": [
         (1, "the weights of the variances, not of the precisions", "def answer(m, v_c, v_u, w): return w*m,w*v_c+(1-w)*v_u"),
     ],

@@ -11,7 +11,7 @@ from t2i_course.core.contracts import Identity, Model, Recipe, from_json, set_fi
 from t2i_course.core.data import Draws
 from t2i_course.core.files import CourseError
 from t2i_course.core.sources import load
-from t2i_course.diffusion import ddpm, guidance, preconditioning
+from t2i_course.diffusion import closed_form, ddpm, guidance
 from t2i_course.flow import flow_matching
 from t2i_course.transformer import dit
 
@@ -75,7 +75,7 @@ def test_every_field_is_set_from_the_command_line(module):
     with pytest.raises(CourseError, match="whole number"): set_fields(config, ["steps=7.5"])
 
 
-@pytest.mark.parametrize("cls", [ddpm.DenoiserConfig, ddpm.UNetConfig, ddpm.Config, preconditioning.SkipConfig, dit.Config, flow_matching.Config])
+@pytest.mark.parametrize("cls", [ddpm.DenoiserConfig, ddpm.UNetConfig, ddpm.Config, closed_form.SkipConfig, dit.Config, flow_matching.Config])
 def test_every_field_has_a_comment(cls):
     lines = [line for line in inspect.getsource(cls).splitlines() if re.match(r"    \w+\s*:", line)]
     assert lines and all("# " in line for line in lines)
@@ -136,7 +136,7 @@ def test_a_plain_denoiser_is_one_that_drops_no_caption():
 @pytest.mark.parametrize("side,skip", [(64, True), (65, False)])
 def test_large_pictures_begin_without_a_closed_form(side, skip, capsys):
     data = SimpleNamespace(shape=(3, side, 64), attributes={}, words=())
-    assert preconditioning.closed_form(data)["skip"] is skip
+    assert closed_form.closed_form(data)["skip"] is skip
     assert ("too large" in capsys.readouterr().err) is not skip
 
 

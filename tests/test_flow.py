@@ -7,7 +7,8 @@ from t2i_course.core.conditioning import WordTokenizer
 from t2i_course.core.data import Draws, Painted
 from t2i_course.diffusion import ddpm
 from t2i_course.diffusion.ddpm import VP, Coefs, linear_betas, sample, solve, step, uniform_times
-from t2i_course.diffusion.preconditioning import CaptionGaussian, wiener
+from t2i_course.diffusion.closed_form import CaptionGaussian
+from t2i_course.diffusion.preconditioning import wiener
 from t2i_course.flow import flow_matching
 from t2i_course.flow.flow_matching import LinearPath, logit_normal
 from t2i_course.sweeps.flow.flow_matching import Unframed

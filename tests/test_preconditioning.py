@@ -1,31 +1,18 @@
-"EDM's scalar skip against diffusers, pooled fits against unpooled ones, and the ladder of skips."
+"EDM's scalar skip against diffusers, its fit, and the ladder from DDPM to EDM."
 import math
 
 import pytest
 import torch
 from arms import made
-from t2i_course.core.conditioning import WordTokenizer, raw_cond
+from t2i_course.core.conditioning import raw_cond
 from t2i_course.core.data import Draws, Painted
+from t2i_course.core.sources import load
 from t2i_course.diffusion.ddpm import VP, Coefs, Denoiser, linear_betas, recipe_for, v, view
-from t2i_course.diffusion.preconditioning import (CaptionGaussian, ScalarSkip, fit_mean, fit_skip,
-                                                  fit_space, make_arm, ridge, wiener, word_groups)
-from t2i_course.diffusion.schedules import EDM, edm_sigmas
+from t2i_course.diffusion.preconditioning import ScalarSkip, fit_skip, make_arm, wiener
+from t2i_course.diffusion.schedules import EDM, edm_sigmas, log_snr
 from t2i_course.sweeps.diffusion import preconditioning as sweep
-from t2i_course.sweeps.diffusion.preconditioning import OneForAll, ladder
 
 SIGMAS = [.002, .05, .5, 3., 80.]
-
-
-@pytest.fixture(scope="module")
-def world():
-    "Small captioned pictures (3x8x8), their tokenizer and tokens."
-    data = Painted()
-    tok = WordTokenizer(data.words)
-    draws = Draws(0, torch.arange(1500))
-    batch = data.batch("train", draws)
-    pictures = torch.nn.functional.avg_pool2d(batch.x, 4) + .05 * draws.normal("grain", 3, 8, 8)
-    cond = tok(batch.captions).drop(draws.uniform("drop") >= .1, tok.null())
-    return data, tok, pictures, cond.ids
 
 
 # --- The scalar form ---
@@ -90,9 +77,9 @@ def test_v_prediction_is_the_scalar_skip_on_a_vp_process():
 
 
 @pytest.mark.parametrize("process", [EDM(), VP(linear_betas())], ids=["edm", "vp"])
-def test_unit_variance_at_every_noise_level(world, process):
-    "Painted digits, sigma_data measured on training pictures; twice as much leaves a quarter at the ends (E094)."
-    data, x = world[0], world[2]
+def test_unit_variance_at_every_noise_level(process):
+    "Painted digits, sigma_data measured on training pictures; twice as much leaves a quarter at the ends."
+    data = Painted()
     x = data.batch("train", Draws(1, torch.arange(600))).x
     unseen = data.batch("test", Draws(2, torch.arange(600))).x
     noise = torch.randn(unseen.shape, generator=torch.Generator().manual_seed(0))
@@ -133,126 +120,62 @@ def test_scalar_skip_is_the_conditional_mean_of_gaussian_data():
     assert abs((x0 - guess.x0_hat).square().mean().sqrt() / guess.c_out.item() - 1) < .01
 
 
-# --- Fitting ---
-
-def test_pooled_ridge_is_the_same_regression():
-    "Rows that repeat, once each and once with their number: the same weights."
-    generator = torch.Generator().manual_seed(0)
-    a, n = torch.randn(5, 3, generator=generator), torch.tensor([1., 4., 2., 7., 3.])
-    which = torch.arange(5).repeat_interleave(n.long())
-    y = torch.randn(len(which), 2, generator=generator)
-    means = torch.zeros(5, 2).index_add_(0, which, y) / n[:, None]
-    assert torch.allclose(ridge(a, means, n=n), ridge(a[which], y), atol=1e-5)
-    assert not torch.allclose(ridge(a, means), ridge(a[which], y), atol=1e-2)
+def test_what_is_missed_is_uncorrelated_with_the_input():
+    "Demand 2 in other words: no copy of the input says anything about F."
+    generator, skip = torch.Generator().manual_seed(0), ScalarSkip(EDM(), .6)
+    x0 = .6 * torch.randn(4, 1, 200, 200, generator=generator)
+    for sigma in SIGMAS:
+        x_t = x0 + sigma * torch.randn(x0.shape, generator=generator)
+        guess = skip(x_t, EDM().time(torch.full((4,), sigma)), None)
+        wanted = (x0 - guess.x0_hat) / guess.c_out
+        assert abs((wanted * guess.inputs).mean()) < .01 and abs(wanted.square().mean() - 1) < .02, sigma
 
 
-def test_mean_is_recovered():
-    "Pictures that are colour x shape of their words: two terms describe them, one does not."
-    generator = torch.Generator().manual_seed(1)
-    f = (torch.rand(200, 6, generator=generator) < .5).float()
-    f[:, 0] = 1
-    A, B = torch.randn(2, 6, 3, generator=generator), torch.randn(2, 6, 16, generator=generator)
-    draw = lambda A, B: torch.einsum("nf,kfc,ng,kgp->ncp", f, A, f, B)
-    x = draw(A, B)
-    fit = lambda terms: draw(*fit_mean(x, f, f, n_terms=terms, lam=1e-4, rounds=40))
-    left = lambda terms: (fit(terms) - x).square().mean() / x.square().mean()
-    assert left(2) < .01 < .1 < left(1)
-
-
-def test_space_keeps_each_groups_variance():
-    generator = torch.Generator().manual_seed(0)
-    z, g = torch.randn(4000, 8, generator=generator), torch.arange(4000) % 2
-    z[g == 1, 0] *= 3
-    found = fit_space(z, g, 2, rank=8, shrink=1.)
-    cov = [found["U"] @ found["Q"][i] @ found["L"][i].diag() @ found["Q"][i].T @ found["U"].T for i in range(2)]
-    assert abs(cov[0][0, 0] - 1) < .1 and abs(cov[1][0, 0] - 9) < .7
-
-
-def test_order_of_the_pictures_does_not_matter(world):
-    "The pooling may not mix captions up."
-    _, tok, x, ids = world
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    cond, t = tok(["a bold red seven on white", ""]), torch.tensor([.3, .6])
-    x_t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    guesses = [CaptionGaussian(VP(linear_betas()), len(tok), rank=64).fit(x[i], ids[i])(x_t, t, cond)
-               for i in (torch.arange(len(x)), order)]
-    assert torch.allclose(guesses[0].x0_hat, guesses[1].x0_hat, atol=5e-3)
-    assert torch.allclose(guesses[0].c_out, guesses[1].c_out, atol=1e-3)
-
-
-def test_mean_of_a_frequent_caption_is_its_average(world):
-    "The empty caption stands alone: its mean is the average of its pictures, up to the two terms."
-    _, tok, x, ids = world
-    skip = CaptionGaussian(VP(linear_betas()), len(tok), rank=32).fit(x, ids)
-    null = tok.null().ids
-    own = (ids == null).all(1)
-    assert own.sum() > 100
-    off = lambda ids: (skip.mean(ids)[0] - x[own].flatten(2).mean(0)).square().mean().sqrt()
-    assert off(null) < .1 < off(tok(["a bold red seven on white"]).ids)
-
-
-def test_pairs_may_be_kept_to_words_of_the_groups(world):
-    "What a held-out pair of ink and digit cannot miss: shapes that never saw such pairs."
-    data, tok, x, ids = world
-    groups = [[tok.index[word] for word in group] for group in word_groups(data)]
-    strokes, inks = {i for group in groups for i in group}, {tok.index["red"], tok.index["purple"]}
-    named = lambda **more: set(CaptionGaussian(VP(linear_betas()), len(tok), groups, rank=16, **more)
-                               .fit(x, ids).tables["pairs"].flatten().tolist())
-    assert inks & named() and named(pairs_in_groups=True) and named(pairs_in_groups=True) <= strokes
+def test_fit_skip_measures_sigma_data_and_leaves_a_model_without_skip_alone():
+    data, process = load("digits"), VP(linear_betas())
+    config = recipe_for(data, "smoke")
+    tok, den = make_arm(config, process, ScalarSkip(process))
+    assert fit_skip(den, data, tok, 300) is den
+    x = data.batch("train", Draws(1234, torch.arange(300))).x
+    assert torch.equal(den.skip.tables["sigma_data"], x.square().mean().sqrt())
+    tok, den = make_arm(config, process)
+    assert fit_skip(den, data, tok, 300) is den and den.skip is None
 
 
 # --- The ladder ---
 
-def test_each_rung_knows_more(world):
-    "Errors of the guesses on training pictures fall from rung to rung; one Gaussian for all does not listen."
-    data, tok, x, ids = world
-    process = VP(linear_betas())
-    rungs = ladder(process, tok, data, rank=40)
-    assert rungs.pop("none") is None
-    assert isinstance(rungs["one"], OneForAll) and rungs["caption"].groups and not rungs["mean"].groups
-    cond = raw_cond(ids, ids != 0)
-    t = torch.full((len(x),), .5)
-    c = Coefs(*(view(u, x) for u in process.coefs(t)))
-    x_t = c.alpha * x + c.sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    rms = [(skip.fit(x, ids)(x_t, t, cond).x0_hat - x).square().mean().sqrt().item() for skip in rungs.values()]
-    assert all(later < .97 * earlier for earlier, later in zip(rms[:2], rms[1:3])), rms
-    assert rms[3] < rms[2], rms
-    other = cond[torch.arange(len(x)).roll(1)]
-    assert torch.equal(rungs["one"](x_t, t, cond).x0_hat, rungs["one"](x_t, t, other).x0_hat)
-    assert not torch.equal(rungs["mean"](x_t, t, cond).x0_hat, rungs["mean"](x_t, t, other).x0_hat)
+def test_each_row_changes_one_thing():
+    rows = list(sweep.rows().values())
+    assert all(len(change) == 1 for change in list(sweep.CHANGES.values())[1:])
+    for above, below in zip(rows, rows[1:]): assert sum(above[k] != below[k] for k in above) == 1
 
 
-def test_fit_skip_fits_any_rung(world):
-    data, tok = world[:2]
-    config = recipe_for(data, "smoke")
-    process = VP(linear_betas())
-    for name, skip in ladder(process, tok, data, rank=16).items():
-        own_tok, den = make_arm(config, process, skip)
-        assert fit_skip(den, data, own_tok, 300) is den
-        x = data.batch("test", Draws(0, torch.arange(3)))
-        losses = den.loss(x.x, own_tok(x.captions), Draws(0, torch.arange(3)))
-        assert losses.shape == (3,) and losses.isfinite().all(), name
+def test_ddpms_levels_on_edms_clock_are_the_same_levels():
+    vp, edm, t = VP(linear_betas()), EDM(), torch.linspace(.02, .9, 9)
+    there = sweep.same_levels(vp, edm, t)
+    assert torch.allclose(log_snr(edm, there), log_snr(vp, t), atol=1e-4)
+    assert sweep.same_levels(vp, edm, torch.ones(1)) == 1, "EDM ends at 80"
 
 
-def test_word_groups_name_strokes_only():
-    groups = word_groups(Painted())
-    assert any("seven" in group for group in groups) and any("bold" in group for group in groups)
-    assert not any("red" in group or "pink" in group for group in groups)
+def test_the_process_changes_the_clock_and_nothing_else():
+    "At equal levels the network sees and is asked for the same on DDPM's process and on EDM's."
+    vp, edm, t = VP(linear_betas()), EDM(), torch.tensor([.1, .5, .9])
+    x0, noise = torch.randn(2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def asked(process, t):
+        c = Coefs(*(view(u, x0) for u in process.coefs(t)))
+        guess = ScalarSkip(process, .7)(c.alpha * x0 + c.sigma * noise, t, None)
+        return guess.inputs, (x0 - guess.x0_hat) / guess.c_out
+    for a, b in zip(asked(vp, t), asked(edm, sweep.same_levels(vp, edm, t).float())): assert torch.allclose(a, b, atol=1e-3)
 
 
-# --- The sweeps ---
-
-def test_experiments_yield_every_comparison():
+def test_experiments_measure_every_row():
     rows = made(sweep)
-    setting = rows["setting"]
-    assert setting["evaluations"] == 5 and setting["sigma_data"] > .6
-    names = ["edm.ddpm", "edm.scalar", "edm.edm", "edm.shifted", "sigma_data.right", "sigma_data.double"]
-    names += [f"ladder.{k}" for k in ("none", "scalar", "one", "mean", "caption")]
-    for name in names + ["nfe.heun.3", "nfe.euler.3", "before.caption", "alone.all_pairs", "pairs.stroke_pairs"]:
-        assert math.isfinite(rows[f"{name}.seed0"]["fd"]), name
-    assert rows["edm.edm.seed0"]["nfe"] == 10 == rows["edm.ddpm.seed0"]["nfe"], "equal calls, guidance counts twice"
-    assert rows["nfe.heun.3.seed0"]["nfe"] == 3 == rows["nfe.euler.3.seed0"]["nfe"]
-    assert rows["alone.all_pairs.seed0"]["heldout"]["n"] > 0
+    assert rows["setting"]["sigma_data"] > .6 and rows["setting"]["calls"] == 5
     need = {"recipe", "params", "images", "train_seconds", "nfe", "fd", "fd_floor", "recall", "obedience"}
-    assert need <= rows["edm.edm.seed0"].keys()
+    for name in sweep.CHANGES:
+        row = rows[f"ladder.{name}.seed0"]
+        assert need <= row.keys() and math.isfinite(row["fd"]) and row["nfe"] == 5, name
+    losses = {k: rows[f"ladder.{k}.seed0"]["loss"] for k in ("density", "levels", "heun")}
+    assert len(set(losses.values())) == 1, "rows that differ in drawing share their model"
     assert len(edm_sigmas(3)) == 4 # three steps, 2*3-1 calls of Heun

@@ -14,8 +14,8 @@ from t2i_course.run.train import train_run
 from t2i_course.core.data import Draws
 from t2i_course.core.sources import load
 from t2i_course.core.metrics import LEAST, RandomFeatures, evaluate, frechet
-from t2i_course.diffusion.preconditioning import (LADDER, CaptionGaussian, climb, fit_checked, fit_skip, held_together,
-                                                  on_common)
+from t2i_course.diffusion.closed_form import LADDER, CaptionGaussian, climb, fit_checked, held_together, on_common
+from t2i_course.diffusion.preconditioning import fit_skip
 from t2i_course.flow import flow_matching
 
 LEVELS = (.1, .3, .5, .7, .9)
@@ -142,7 +142,7 @@ def test_captions_of_one_picture_stay_together():
 
 
 def test_rare_words_of_a_large_vocabulary_are_left_aside(monkeypatch):
-    monkeypatch.setattr("t2i_course.diffusion.preconditioning.MOST", 3)
+    monkeypatch.setattr("t2i_course.diffusion.closed_form.MOST", 3)
     f = (torch.rand(50, 40, generator=torch.Generator().manual_seed(0)) < .2).float()
     f[:, 0] = 1
     looked = []
