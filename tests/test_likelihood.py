@@ -26,6 +26,14 @@ def test_bound_weights_equal_the_papers():
     assert torch.allclose(vlb_weight(process, i.double() / TIMES).double(), want, rtol=1e-4)
 
 
+@pytest.mark.parametrize("n", [200, 1000, 4000])
+def test_a_whole_step_has_its_own_weight_in_any_precision(n):
+    "step/n*n may come out a little above the step: it is not the next one's."
+    process, i = VP(linear_betas(n)), torch.arange(1, n + 1)
+    exact = vlb_weight(process, (i.double() - .5) / n)
+    for kind in (torch.float32, torch.float64): assert torch.equal(vlb_weight(process, i.to(kind) / n), exact)
+
+
 def test_bits_of_a_perfect_denoiser():
     "Data that are one known picture: the perfect model needs the prior's remainder and next to nothing else."
     process, x0 = VP(linear_betas(TIMES)), torch.full((2, 1, 4, 4), 0.)
