@@ -8,6 +8,7 @@ import torch
 from arms import made
 from t2i_course.core.conditioning import Cond, WordTokenizer, raw_cond
 from t2i_course.core.contracts import Identity
+from t2i_course.core.runs import Finished
 from t2i_course.core.data import NUMBERS, Draws
 from t2i_course.core.sources import load
 from t2i_course.diffusion import guidance
@@ -15,7 +16,7 @@ from t2i_course.diffusion.ddpm import VP, Denoiser, eps, guided, linear_betas, s
 from t2i_course.diffusion.guidance import (BOUND, FIXES, NoisyClassifier, Nulls, both, by_classifier, demanded,
                                            diversity, dynamic_threshold, interval, label_reader, nulls, on_gray,
                                            painter, rescale, rescaled, saturation, threshold)
-from t2i_course.sweeps.diffusion import guidance as sweep
+from t2i_course.sweeps.diffusion import guidance as shipped_sweep, guidance_trained as sweep
 
 PROCESS = VP(linear_betas())
 W = 3.5
@@ -339,3 +340,18 @@ def test_experiments(monkeypatch):
     assert found["null.text.text.seed0"]["fd"] == found["dropout.10.seed0"]["3"]["fd"]  # one base model for both
     assert {f"null.{a}.{b}.seed0" for a in ("text", "learned", "zeros") for b in ("text", "learned", "zeros")} <= set(found)
     assert {"fixes.dynamic.seed0", "fixed.none.seed0", "spans.seed0", "cost.seed0", "classifier.clean.seed0"} <= set(found)
+
+
+def test_experiments_on_a_finished_run():
+    "Every scale, interval and remedy from one model; the same noise for all of them, another for each seed."
+    data = load("digits")
+    tok, model = guidance.digits_model(guidance.recipe_for(data, "smoke"))
+    run = Finished(tok, model, guidance.recipe_for(data, "smoke"), None)
+    pairs = dict(shipped_sweep.experiments("smoke", (0, 1), run))
+    assert {"setting", "scales.100.seed0", "scales.300.seed1", "spans.middle.seed0", "fixes.dynamic.seed1"} <= set(pairs)
+    assert "fixes.static.seed0" not in pairs and shipped_sweep.RUNS and shipped_sweep.SEEDS == 10
+    found = {k: pairs[k]() for k in ("setting", "scales.100.seed0", "scales.300.seed0", "fixes.none.seed0")}
+    json.dumps(found)
+    assert found["setting"]["n"] == 16 and found["setting"]["seeds"] == [0, 1]
+    for row in list(found.values())[1:]: assert {"fd", "diversity", "diversity_real", "obedience", "beyond", "brightness"} <= set(row)
+    assert found["scales.300.seed0"]["beyond"] == 0, "the sampler clips"
