@@ -16,14 +16,15 @@ from ..core.data import Draws
 from .ddpm import Coefs, Denoiser, VP
 from .ddpm import solve, step, text_unet, v, view
 
-# %% ../../nbs/04_diffusion/02_likelihood.ipynb #li526470
+# %% ../../nbs/04_diffusion/02_likelihood.ipynb #li75ea2d
 # ---- the bound as a weighted squared error ----
 def vlb_weight(
     process:VP, # the chain
     t:Tensor,   # (b) time; the step that ends at or after it
 )->Tensor:      # (b) nats per unit of squared error, summed over the chain
     "The bound's weight on the error of eps: T/2 (SNR(s)/SNR(t) - 1), s one step before t (arXiv:2107.00630)"
-    i = (t.detach().cpu().double()*process.n_steps).ceil().long().clamp(1, process.n_steps)
+    i = t.detach().cpu().double()*process.n_steps-1e-3 # in float32 a whole step may lie a little too late
+    i = i.ceil().long().clamp(1, process.n_steps)
     now,before = process.abar(i),process.abar(i-1)
     ratio = torch.where(i>1, before/(1-before)*(1-now)/now, 1+1/now) # step 1, the decoder: variance beta_1
     return (process.n_steps/2*(ratio-1)).to(t.device, torch.float32)
