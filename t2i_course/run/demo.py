@@ -114,7 +114,7 @@ draw your own: t2i sample {out} --prompt "a thin blue four on pink" --out four.p
 What to open next (make lab): nbs/00_start/01_tour.ipynb, then the parts of this model:
   captions and pictures 01_core/01_data, text encoder 01_core/02_conditioning, training 01_core/03_training,
   metrics 01_core/05_metrics, network and guidance 04_diffusion/01_ddpm,
-  the head start 04_diffusion/07_preconditioning, the method itself 06_flow/01_flow_matching""")
+  the head start 04_diffusion/08_closed_form, the method itself 06_flow/01_flow_matching""")
     return row
 
 
