@@ -115,7 +115,7 @@ class WordTokenizer:
             t = [START]+[self.index.get(w, UNKNOWN) for w in split_words(caption)]
             self.known[caption] = (t+[PAD]*self.max_len)[:self.max_len]
         return self.known[caption]
-    def notes(self, caption:str)->list: return unread(caption, self.index, self.max_len) # what it will not see
+    def notes(self, caption:str)->list: return unread(caption, self.index, self.max_len) # what it misses
     def null(self)->Cond: return self(['']) # (1) the empty caption: START alone
 
 # %% ../../nbs/01_core/02_conditioning.ipynb #26a263c0

@@ -23,7 +23,7 @@ from .dials import dial, results, results_path, scale
 from .text import n_tokens, split_words
 
 # %% ../../nbs/01_core/01_data.ipynb #ec7ea810
-_all_ = ['dial', 'results', 'results_path', 'scale', 'n_tokens', 'split_words'] # also found under this module's name
+_all_ = ['dial', 'results', 'results_path', 'scale', 'n_tokens', 'split_words'] # found here, too
 
 # %% ../../nbs/01_core/01_data.ipynb #0c8e2710
 class Batch(NamedTuple):
