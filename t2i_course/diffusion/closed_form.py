@@ -451,7 +451,7 @@ def choose_colours(
     mu:Tensor,     # (u c p) predicted means
     seen:Tensor,   # (u c c) covariance of what they leave
     judged:Tensor, # (u) bool, captions to measure the error on
-)->tuple:          # penalty; table (g c(c+1)/2); (u c), (u c c) variances, directions, each from other shares
+)->tuple:          # penalty; table; variances (u c) and directions (u c c), each from other shares
     "The strength of the colour covariances: the log error of held-out guesses under what the words promise"
     i,j = torch.triu_indices(*seen.shape[1:], device=mu.device)
     flat = seen[:,i,j]
