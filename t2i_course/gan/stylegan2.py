@@ -238,7 +238,7 @@ class Synthesis(nn.Module):
 class Latents(NamedTuple):
     "Everything random about a drawing"
     z: Tensor           # (b z_dim)
-    other: Tensor=None  # (b z_dim) a second z, for the layers from `cut` on
+    other: Tensor=None  # (b z_dim) a second z, for the layers from cut on
     cut: Tensor=None    # (b) int64
     noise: list=None    # of each layer, as from `Synthesis.noise`
 
@@ -271,7 +271,7 @@ class StyleGenerator(nn.Module):
 
     def spread(self,
         w:Tensor,          # (b w_dim)
-        other:Tensor=None, # (b w_dim) style of the layers from `cut` on
+        other:Tensor=None, # (b w_dim) style of the layers from cut on
         cut=None,          # (b) int64, or a number
     )->Tensor:             # (b n_ws w_dim)
         "The same w for every layer, or two of them"
@@ -649,12 +649,12 @@ def read_tinted(
 @torch.no_grad()
 def swapped(
     gen,         # a StyleGenerator
-    first:Cond,  # (b) captions of the layers before `cut`
+    first:Cond,  # (b) captions of the layers before cut
     then:Cond,   # (b) and of the others
     cut:int,     # 0..n_ws
     draws:Draws, # z and noise; both captions have the same z
 )->Tensor:       # (b c h w)
-    "Style mixing: the layers from `cut` on hear another caption"
+    "Style mixing: the layers from cut on hear another caption"
     z = draws.normal('z', gen.z_dim)
     return gen.synthesis(gen.spread(gen.w(z, first), gen.w(z, then), cut), gen.synthesis.noise(draws))
 
