@@ -54,9 +54,15 @@ def answer(x, draws):
 """),
     ],
     "core.conditioning": [
-        (2, "no mask", "def answer(q, k, v, mask): return (q@k.transpose(1, 2)/q.shape[-1]**.5).softmax(-1)@v"),
-        (2, "the mask the wrong way round", """
-def answer(q, k, v, mask): return F.scaled_dot_product_attention(q, k, v, attn_mask=~mask[:,None]).nan_to_num()
+        (2, "kept with probability p, not lost", """
+def answer(cond, null, draws, p):
+    words,image = (cond.drop(draws.uniform(stream)<p, null) for stream in ('words','image'))
+    return replace(words, image=image.image)
+"""),
+        (2, "the picture lost only where the words are", """
+def answer(cond, null, draws, p):
+    words = cond.drop(draws.uniform('words')>=p, null)
+    return replace(words, image=words.drop(draws.uniform('image')>=p, null).image)
 """),
     ],
     "core.ema": [
@@ -198,7 +204,15 @@ def answer(x_t, c, mean, var):
         (1, "the weights of the variances, not of the precisions", "def answer(m, v_c, v_u, w): return w*m,w*v_c+(1-w)*v_u"),
     ],
     "diffusion.terminal_snr": [
-        (2, "to zero, whatever was asked", "def answer(betas, last): return rescale_zero_terminal_snr(betas)"),
+        (2, "the noise, divided by an alpha kept away from zero", """
+def answer(net, process):
+    def at(t): return Coefs(*(u[:,None] for u in process.coefs(t)))
+    def loss(x0, noise, t): return (net(at(t).alpha*x0+at(t).sigma*noise, t)-noise).square().mean()
+    def predict(x_t, t):
+        e = net(x_t, t)
+        return (x_t-at(t).sigma*e)/at(t).alpha.clamp(min=.05),e
+    return loss,predict
+"""),
     ],
     "flow.flow_matching": [
         (2, "the midpoint in place of Heun", """

@@ -412,9 +412,8 @@ def broken_strokes(
     return float(np.mean([pieces(p)!=1 for p in ink.numpy()]))
 
 # %% ../../nbs/01_core/05_metrics.ipynb #anydata1
-# arXiv:2002.09797: features of networks never trained are useful for pictures unlike any known training set
 class RandomFeatures:
-    "Three fixed random convolutions; their 64 principal numbers over training pictures, each of variance 1"
+    "Three fixed random convolutions (arXiv:2002.09797); their 64 principal numbers, each of variance 1"
     name = 'random convolutions, 64 principal numbers a picture, standardised over training pictures'
     def __init__(self,
         x:Tensor, # (n c h w) training pictures in [-1,1]
@@ -631,7 +630,6 @@ def evaluate(
     return row|dict(heldout=held_out_row(drawn, data, judge, m, seed+1)) if held else row
 
 # %% ../../nbs/01_core/05_metrics.ipynb #86b52868
-# ---- the command beside the chapter ----
 def make_judges(
     out=None,         # folder for the weights; the package's own if not said
     scale:str='demo', # smoke: a hundredth of the steps

@@ -166,8 +166,8 @@ def remembered(data, turns):
     f.group = getattr(data, 'group', 1)
     return f
 
-def prepared(loss, data, images, seconds, batch)->tuple: # turns, data
-    "One loss is one turn; what cannot be trained is refused"
+def prepared(state, loss, data, images, seconds, batch)->tuple: # turns, data
+    "One loss is one turn; what cannot be trained is refused; networks are put into their modes"
     if images is None and seconds is None: raise CourseError(
         'train needs a clock: give it images=, seconds=, or both (then it stops at whichever comes first)')
     group = getattr(data, 'group', 1)
@@ -175,6 +175,7 @@ def prepared(loss, data, images, seconds, batch)->tuple: # turns, data
         f'these data have one shape for every {group} images, '
         f'so the batch has to be a multiple or a part of that; got {batch}')
     turns = [Turn('loss', loss)] if callable(loss) else list(loss)
+    state.ready()
     return turns,remembered(data, turns)
 
 # %% ../../nbs/01_core/03_training.ipynb #3fbca23b
@@ -234,9 +235,8 @@ def train(
     ranks=ALONE,         # the processes that share the work, see `scale.fsdp.Ranks`
 ):                       # yields one Record a step
     "Draw, loss, backward, clip, step, average; everything random is a function of (seed, image index)"
-    turns,data = prepared(loss, data, images, seconds, batch)
+    turns,data = prepared(state, loss, data, images, seconds, batch)
     watch = Stopwatch(state, seconds, ranks)
-    state.ready()
     while (progress := spent(state, images, seconds))<1:
         watch.start()
         active,parts = due(state, turns, progress, watch),cut(state, images, batch, accumulate, data)

@@ -137,7 +137,6 @@ def measured(
                     diversity_real=diversity(real.x, demanded(data, real.captions)))
 
 # %% ../../nbs/04_diffusion/09_guidance.ipynb #705d1943
-# ---- guidance with a classifier ----
 class NoisyClassifier(nn.Module):
     "Which class hides in this noised picture? A block on a fine grid, one on a coarse grid, and the time"
     def __init__(self,
@@ -362,7 +361,6 @@ def rescale(
     "Give the guided answer the standard deviation of the unguided one, sample by sample, to a share phi"
     size = lambda x: x.flatten(1).std(1).view(-1, *[1]*(x.ndim-1))
     return louder*(phi*size(plain)/size(louder)+1-phi)
-
 def rescaled(
     w:float=2.,   # guidance scale
     phi:float=.7, # see `rescale`

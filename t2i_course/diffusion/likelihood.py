@@ -156,7 +156,6 @@ def early_first(T:int)->Tensor: # (T) float64
     "Probabilities of the steps 1..T that fall like 1/i"
     p = 1/torch.arange(1, T+1, dtype=torch.float64)
     return p/p.sum()
-
 @torch.no_grad()
 def looks_at_steps(
     den:Denoiser,  # predicts on its process, a VP
