@@ -61,6 +61,13 @@ def test_figures_show_once_and_say_what(channels):
     figure.savefig(io.BytesIO())
 
 
+@pytest.mark.parametrize("name", ["damaged", "memory", "MMMMMMMM", "iiii"])
+def test_the_name_of_a_row_is_not_cut(name):
+    fig = show_images(torch.zeros(2, 1, 8, 8), cols=1, rows=["a", name]).fig
+    starts = [text.get_window_extent().x0 for text in fig.texts]
+    assert min(starts) == pytest.approx(0.08 * fig.dpi, abs=1)
+
+
 def test_any_text_is_a_caption(tmp_path):
     "Mathematics, other scripts, emoji, very long words: drawn or boxed, never an error or a warning."
     captions = ["$x_1$ costs 5$", "\ube68\uac04 \uce60", "\U0001f388", "w" * 300, "", "a\nb"]

@@ -4,8 +4,8 @@
     python tools/lab.py --port 8899     JupyterLab's own options follow
 
 JupyterLab disarms the sliders of a notebook that it does not trust. Trust is a signature in a database of the reader's own
-Jupyter: no file of the repository changes, and a notebook that came from elsewhere is not in the list. Signing 45 notebooks
-takes a few seconds; those that are signed already are left alone."""
+Jupyter: no file of the repository changes, and a notebook that came from elsewhere is not in the list. Signing takes
+a few seconds; notebooks that are signed already are left alone."""
 import contextlib
 import io
 import os

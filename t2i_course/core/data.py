@@ -81,7 +81,7 @@ def enlarge(
 def stroke_width(
     m:Tensor, # (n h w) ink masks in [0,1]
 )->Tensor:    # (n) mean stroke width in pixels
-    "Twice the area over the perimeter: exact for a long bar"
+    "Twice the area over the perimeter: nearly exact for a long bar"
     dy,dx = m[:,1:,:-1]-m[:,:-1,:-1],m[:,:-1,1:]-m[:,:-1,:-1]
     return 2*m.sum((1,2))/(dy.square()+dx.square()+1e-9).sqrt().sum((1,2))
 

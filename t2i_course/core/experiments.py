@@ -74,13 +74,14 @@ def _pairs(first, second)->tuple: # two arrays of the same seeds, or CourseError
 
 # %% ../../nbs/01_core/07_experiments.ipynb #1ae4af27
 def _failed(arms:dict, chance, better)->str: # which of them learned nothing, as a sentence; '' if none
+    why = []
     for name,v in arms.items():
         broken = (~np.isfinite(v)).sum()
-        if broken: return f'{broken} of {len(v)} runs of the {name} arm gave no number'
-        if chance is None: continue
+        if broken: why.append(f'{broken} of {len(v)} runs of the {name} arm gave no number')
+        if broken or chance is None: continue
         lost = (v<=chance if better=='higher' else v>=chance).sum()
-        if lost: return f'{lost} of {len(v)} runs of the {name} arm are at chance level'
-    return ''
+        if lost: why.append(f'{lost} of {len(v)} runs of the {name} arm are at chance level')
+    return '; '.join(why)
 
 def _stated(expect, margin): # was the claim complete before the numbers were seen?
     if expect not in ('lower','higher','equal'):

@@ -139,7 +139,7 @@ class Grid:
         lines = max(map(len, self.captions), default=0)
         self.cols, self.size, self.height = max(1, min(cols, n)), size, size * tall
         self.step = self.height + 0.08 + (lines * self.font * 1.25 / 72 + 0.12 if lines else 0)
-        self.left = 0.1 + 0.075 * max(map(len, map(str, rows))) if rows else 0.08
+        self.left = 0.08 + max(map(self.width, rows), default=0) + (0.08 if rows else 0)
         self.top = 0.35 if title else 0.08
         self.w = self.left + self.cols * (size + 0.08)
         self.h = self.top + math.ceil(n / self.cols) * self.step
@@ -149,6 +149,11 @@ class Grid:
         for r, name in enumerate(map(str, rows)):
             middle = self.corner(r * self.cols)[1] + self.height / 2
             self.write(self.left - 0.08, middle, name, ha="right", va="center", size=9)
+
+    def width(self, name) -> float:
+        "Of a row's name, in inches"
+        text = canvas((1, 1), dpi=DPI).text(0, 0, str(name), family=fonts(), parse_math=False, size=9)
+        return text.get_window_extent().width / DPI
 
     def corner(self, i) -> tuple:
         "Where the lower left corner of picture i is"
@@ -178,6 +183,8 @@ def axes(width=5.6, height=3.2, title="", xlabel="", ylabel="") -> tuple:
     ax.grid(alpha=0.25)
     ax.set_axisbelow(True)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(lambda v, _: plain(v).replace("-", "\N{MINUS SIGN}"))
     return fig, ax
 
 
@@ -185,7 +192,7 @@ def plain(v, _=None) -> str:
     "A number as it is said: 0.01, 4, 20,000"
     if abs(v) >= 1000:
         return f"{v:,.0f}"
-    return f"{v:g}" if abs(v) >= 1e-4 or not v else f"{v:.9f}".rstrip("0")
+    return f"{v:g}" if abs(v) >= 1e-4 or not v else f"{v:.9f}".rstrip("0").rstrip(".")
 
 
 def round_numbers(low: float, high: float) -> list:

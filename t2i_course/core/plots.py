@@ -251,6 +251,7 @@ def loss_by_t(
     bins:int=10,   # intervals of equal width
     log:bool=False,# logarithmic loss
     title:str='loss by t',
+    alt:str='',    # what there is to see; made from the names when empty
 )->Figure:
     "What the mean hides: the loss at little noise (left) and at much noise (right), with one standard error"
     several = ts if isinstance(ts, dict) else {'': (ts, losses)}
@@ -267,7 +268,7 @@ def loss_by_t(
     ax.set_xlim(0, 1)
     _legend(ax, len(several))
     names = ', '.join(filter(None, several)) or 'one curve'
-    return Figure(fig, f'{title}: {names}; the dotted line is the mean over all t')
+    return Figure(fig, alt or f'{title}: {names}; the dotted line is the mean over all t')
 
 # %% ../../nbs/01_core/06_plots.ipynb #867e2feb
 _TURN = ("const e=this.closest('.t2i-explorer'),i=+this.value,l=JSON.parse(e.dataset.labels).at(i);"

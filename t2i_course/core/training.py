@@ -225,7 +225,7 @@ def train(
     state:State,         # network, optimizers and how far they are
     loss,                # loss(x0, cond, draws) -> (b), one loss a sample; or a list of Turns, in this order
     data,                # data(draws) -> x0 (b ...), cond: the images with these indices
-    images:int=None,     # stop after this many images: the clock that makes a run repeatable
+    images:int=None,     # stop after this many images; alone, the clock that makes a run repeatable
     seconds:float=None,  # or after this much time; with both, whichever is used up first
     batch:int=64,        # images an optimizer step
     accumulate:int=1,    # micro-batches an optimizer step

@@ -50,27 +50,28 @@ class OnModel:
         return next(self.run.model.net.parameters()).device
 
     def real(self, split: str, most: int):
-        "Real pictures of a split, each once"
-        return self.data.batch(split, Draws(SEED, torch.arange(min(most, distinct(self.data, split))))).x
+        "Real pictures of a split, each once, with what they show"
+        return self.data.batch(split, Draws(SEED, torch.arange(min(most, distinct(self.data, split)))))
 
     @cached_property
     def details(self):
         "Features that see blur, which a judge does not: they are random, so they ignore nothing"
-        return RandomFeatures(self.real("train", 2_000))
+        return RandomFeatures(self.real("train", 2_000).x)
 
     @cached_property
     def unseen(self) -> dict:
         "Features of the test pictures, which neither the model nor the judge learned from"
-        x = self.real("test", 10_000)
+        x = self.real("test", 10_000).x
         return dict(fd_unseen=judge_for(self.data).features(x), fd_detail=self.details(x))
 
     def setting(self, **more) -> dict:
         "What all arms share, and what real pictures get in the place of the drawings"
-        train, floors = self.real("train", 10_000), {}
-        seen = dict(fd_unseen=judge_for(self.data).features, fd_detail=self.details)
+        judge, both, floors = judge_for(self.data), [self.real(k, 10_000) for k in ("test", "train")], {}
+        labels = torch.cat([b.attrs[next(iter(judge.attributes))] for b in both])
+        seen = dict(fd_unseen=judge.features, fd_detail=self.details)
         for name, test in self.unseen.items():
-            pool = torch.cat([test.double(), seen[name](train).double()])
-            floors[f"{name}_floor"] = real_floor(pool, self.n, len(test))["fd_floor"]
+            pool = torch.cat([test.double(), seen[name](both[1].x).double()])
+            floors[f"{name}_floor"] = real_floor(pool, self.n, len(test), labels)["fd_floor"]
         about = dict(model=f"{self.run.config.recipe}, target {self.run.config.target}", guidance=1.0)
         about |= dict(data=self.data.name, images=self.run.config.images, n=self.n) | floors
         return about | dict(precision=best_precision(), **more)
