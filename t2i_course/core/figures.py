@@ -175,6 +175,19 @@ class Grid:
 
 
 # ---- axes ----
+def whole_thousands():
+    "A formatter for the numbers of an axis: matplotlib's own, but 20,000 in place of 20000 or 2e4"
+    from matplotlib.ticker import ScalarFormatter
+
+    class Thousands(ScalarFormatter):
+        def __call__(self, v, pos=None):
+            return f"{v:,.0f}" if v >= 1000 else super().__call__(v, pos)
+
+    found = Thousands(useOffset=False)
+    found.set_scientific(False)
+    return found
+
+
 def axes(width=5.6, height=3.2, title="", xlabel="", ylabel="") -> tuple:
     "A figure with one pair of axes"
     fig = canvas((width, height), dpi=DPI, layout="constrained")
@@ -184,7 +197,7 @@ def axes(width=5.6, height=3.2, title="", xlabel="", ylabel="") -> tuple:
     ax.set_axisbelow(True)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(lambda v, _: plain(v).replace("-", "\N{MINUS SIGN}"))
+        axis.set_major_formatter(whole_thousands())
     return fig, ax
 
 
