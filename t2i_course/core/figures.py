@@ -62,11 +62,14 @@ class Figure:
         dpi: int = DPI,  # pixels an inch
     ) -> bytes:  # a PNG file
         "The picture as bytes"
-        buf = io.BytesIO()
+        from PIL import Image
+
+        buf, small = io.BytesIO(), io.BytesIO()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a letter that no font has is drawn as a box
             self.fig.savefig(buf, format="png", dpi=dpi)
-        return buf.getvalue()
+        Image.open(buf).convert("RGB").save(small, "png", optimize=True)  # nothing on a page is transparent
+        return small.getvalue()
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         data = {"image/png": base64.b64encode(self.png()).decode(), "text/plain": repr(self)}
