@@ -397,7 +397,7 @@ def in_epochs(
     draws, # seed and global indices
 )->Tensor: # (b) int64 in 0..n-1
     ("Image number index % n of the order that belongs to (seed, index // n): "
-     "once an epoch, whatever the batches")
+     "once per epoch, whatever the batches")
     index,out = draws.index.cpu(),torch.empty(len(draws), dtype=torch.int64)
     for e in (index//n).unique().tolist():
         here = index//n==e
@@ -475,7 +475,7 @@ class Digits(Labelled):
 
 # %% ../../nbs/01_core/01_data.ipynb #b91c5e02
 class Wrapped:
-    "Another data set with something changed; what a subclass does not say is asked of that one"
+    "Another data set with something changed; what a subclass does not define is taken from that one"
     def __init__(self,
         data, # captioned pictures
     ): self.data = data
@@ -491,7 +491,7 @@ class Wrapped:
         split:str, # one of its splits
         draws,     # the random numbers of these images
     )->Batch:
-        "Those of the other data set"
+        "The pictures of the other data set"
         return self.data.batch(split, draws)
 
 # %% ../../nbs/01_core/01_data.ipynb #f803e579

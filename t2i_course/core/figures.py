@@ -201,6 +201,7 @@ def axes(width=5.6, height=3.2, title="", xlabel="", ylabel="") -> tuple:
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(whole_thousands())
+    ax.xaxis.get_major_locator().set_params(nbins=6)  # as many as there is room for
     return fig, ax
 
 

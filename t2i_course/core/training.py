@@ -32,7 +32,7 @@ def warm_linear(
 
 # %% ../../nbs/01_core/03_training.ipynb #3bc56c10
 class Record(NamedTuple):
-    "What one optimizer step has to say"
+    "What one optimizer step reports"
     step: int        # optimizer steps done
     images: int      # images seen
     seconds: float   # training seconds used
@@ -47,7 +47,7 @@ class Record(NamedTuple):
 # %% ../../nbs/01_core/03_training.ipynb #050d8bdb
 @dataclass
 class State(Resumable):
-    "All that a run needs to go on; `tensors` and `numbers` are what is saved of it, `load` takes them up"
+    "All that a run needs to go on; `tensors` and `numbers` are what is saved; `load` reads them back"
     net: nn.Module             # the network
     lr: float=4e-3             # peak learning rate
     ema: object=None           # an EMA of net, or None
@@ -185,7 +185,7 @@ def due(state, turns, progress, watch)->list: # turns of this step
     new = [t for t in active if t.begin and t.name not in state.begun]
     for t in new: t.begin(state); state.begun.append(t.name)
     watch.plan(bool(new))
-    if state.frozen: state.ready() # whoever drew a picture in between may have changed the mode
+    if state.frozen: state.ready() # drawing a picture in between may have changed the mode
     return active
 
 def cut(state, images, batch, accumulate, data)->list: # indices of the next images, in micro-batches

@@ -273,7 +273,7 @@ def painted_config(
     data,             # painted digits
     scale:str='demo', # smoke, demo or full
 )->PaintedConfig:
-    "The DDPM chapter's recipe around the closed form of the preconditioning chapter, with all pairs of words"
+    "The DDPM chapter's recipe around the closed form of a caption, with all pairs of words"
     form = closed_form(data, scale)|dict(pairs_in_groups=False)
     return PaintedConfig(**vars(recipe_for(data, scale)), **form)
 
