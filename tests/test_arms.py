@@ -31,8 +31,8 @@ def chapter(name):
 
 SWEEPS = [name for name in sweeps() if hasattr(chapter(name), "experiments")]
 RESULTS = sorted((ROOT / "results").glob("*.json"))
-STAMP = ("chapter", "command", "date", "hardware", "bf16_units", "runs", "versions", "seeds", "scale", "code", "seconds", "row", "prompts", "pictures",
-         "floors_again")
+STAMP = ("chapter", "command", "date", "hardware", "bf16_units", "runs", "versions", "seeds", "scale", "code", "seconds", "row",
+         "prompts", "pictures", "floors_again")
 NOT_YET = {"dalle": {f"arms.{a}.{s}" for a in ("early", "early_counted") for s in (0, 1)}}  # to be measured, see the DALL-E chapter
 
 

@@ -290,7 +290,7 @@ def frechet(
     fa:Tensor, # (n d) features
     fb:Tensor, # (m d) features
 )->float:      # squared distance, in the unit of the features
-    "|m_a-m_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2): the squared 2-Wasserstein distance of two Gaussians"
+    "|m_a-m_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2): squared 2-Wasserstein distance of Gaussians"
     (ma,sa),(mb,sb) = moments(fa),moments(fb)
     r = _root(sa)
     cross = torch.linalg.eigvalsh(r@sb@r).clamp_min(0).sqrt().sum()

@@ -433,7 +433,8 @@ def drawer(
     walk = sampler or partial(sample, eta=eta, large=large, clamp=clamp or den.codec.limit)
     guide = guide or partial(guided, w=w, above=above, hold=hold, below=below, boost=boost)
     def paint(cond, draws):
-        *_,x = walk(guide(den, cond), den.process, start_noise(den.process, ts[:1], shape, draws), ts, draws=draws)
+        *_,x = walk(guide(den, cond), den.process, start_noise(den.process, ts[:1], shape, draws), ts,
+                    draws=draws)
         with torch.autocast(x.device.type, enabled=False): return den.codec.decode(x.float())
     return drawn_from(paint, tok, next(den.net.parameters()).device, batch)
 
