@@ -5,6 +5,7 @@ diffusers counts time steps from 0: its step i is the chain after i+1 steps, our
 """
 import math
 
+import pytest
 import torch
 from t2i_course.diffusion import ddpm
 from t2i_course.diffusion.ddpm import VP, linear_betas
@@ -135,6 +136,16 @@ def largest_error(ours, theirs, clamp=None):
         off = max(off, ((a - b).abs().max() / b.abs().max().clamp_min(1)).item())
     assert k == len(times) - 1
     return off
+
+
+def equals_diffusers(cases):
+    "A test of {name: what `largest_error` takes}: every step of the two walks agrees."
+    @pytest.mark.parametrize("name", cases)
+    def test(name, record_property):
+        off = largest_error(*cases[name])
+        record_property("largest error", off)
+        assert off < 1e-5, off
+    return test
 
 
 def printed(cases):

@@ -50,6 +50,17 @@ def silenced(den):
     den.hybrid = 0.0
 
 
+def unseen(
+    data,  # captioned pictures
+    tok,  # captions -> Cond
+    n: int,  # pictures
+    seed: int,  # of their choice and of their noise
+) -> tuple:  # pictures, their captions, draws
+    "Test pictures whose bits are counted"
+    test = data.batch("test", Draws(seed, torch.arange(n)))
+    return test.x, tok(test.captions), Draws(seed, torch.arange(len(test.x)))
+
+
 def objectives(
     data,  # captioned pictures
     config,  # of the recipe
@@ -61,9 +72,7 @@ def objectives(
     def objective(arm):
         loss = weighted_by_bound if arm == "vlb" else None
         made = fit(build, config | dict(target=ARMS[arm]), data, s["arm"], seed, loss=loss)
-        test = data.batch("test", Draws(seed, torch.arange(2 * s["look"])))
-        draws = Draws(seed, torch.arange(len(test.x)))
-        bits = bits_per_dim(made.model, test.x, made.tok(test.captions), draws).mean().item()
+        bits = bits_per_dim(made.model, *unseen(data, made.tok, 2 * s["look"], seed)).mean().item()
         if ARMS[arm] != "eps":
             return dict(bits=bits)
         draw = drawer(made.model, made.tok, data.shape, times(config, 25), config.guidance)
@@ -92,9 +101,7 @@ def learned_variances(
     @lru_cache(1)
     def all_bits(arm, shares):
         tok, den = trained(arm)
-        look = data.batch("test", Draws(seed, torch.arange(s["look"])))
-        draws = Draws(seed, torch.arange(len(look.x)))
-        return bits_with(den, look.x, tok(look.captions), draws, list(shares), 64)
+        return bits_with(den, *unseen(data, tok, s["look"], seed), list(shares), 64)
 
     def bits(arm, shares, i):
         return all_bits(arm, shares)[i].mean().item()
