@@ -282,6 +282,8 @@ def trials():
     ranks = Ranks() if 'RANK' in os.environ else ALONE
     for options in json.loads(sys.argv[1]): trial(**options, ranks=ranks)
     ranks.close()
+    sys.stderr.flush()
+    os._exit(0) # all is written; on the way out, threads of a process group now and then abort
 
 # %% ../../nbs/12_scale/02_fsdp.ipynb #34d26030
 def launch(
