@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.contracts import of_data
 from ..core.data import Draws, Labelled
 from ..diffusion.ddpm import Coefs, Denoiser, SIZES, UNetConfig, text_unet, uniform_times, velocity
-from ..diffusion.closed_form import SkipConfig, caption_skip, closed_form
+from ..diffusion.open_words import OpenConfig, open_form, open_skip
 
 # %% ../../nbs/06_flow/01_flow_matching.ipynb #de632d90
 class LinearPath:
@@ -49,7 +49,7 @@ PARADIGM = 'flow matching' # the recipe stands for it in the report card
 ETA = 0. # the ODE: no fresh noise
 
 @dataclass(kw_only=True)
-class Config(SkipConfig, UNetConfig):
+class Config(OpenConfig, UNetConfig):
     "The recipe of this chapter: the U-Net of DDPM around the closed form"
     t_mean:float = 0. # of logit t in training; below 0 more pictures with little noise
     t_std:float = 1.  # of logit t
@@ -62,7 +62,7 @@ def build(
     "Flow matching as trained by `make demo`"
     tok,net = text_unet(config, config.skip)
     path,times = LinearPath(),logit_normal(config.t_mean, config.t_std)
-    skip,codec = caption_skip(config, path, tok),codec and codec.model.codec
+    skip,codec = open_skip(config, path, tok),codec and codec.model.codec
     return tok,Denoiser(net, path, velocity, skip, times, tok.null(), config.p_drop, codec)
 
 # %% ../../nbs/06_flow/01_flow_matching.ipynb #e0921a05
@@ -79,7 +79,7 @@ def recipe_for(
     seconds:float=None, # training time, if it is known
 )->Config:
     "The recipe that measured best for such data and so much time"
-    config = Config(recipe='flow_matching', **of_data(data), **closed_form(data, scale), **SIZES[scale],
+    config = Config(recipe='flow_matching', **of_data(data), **open_form(data, scale), **SIZES[scale],
                     lr=4e-3, half_life=500_000, steps=16, guidance=2., guide_above=.2, hold=True, eta=ETA)
     if isinstance(data, Labelled): config |= LABELS
     if isinstance(data, Labelled) and scale=='demo' and seconds and seconds<=20: config |= QUICK
