@@ -171,6 +171,21 @@ def answer(F, x_t, s, mu, sd): return mu+(x_t-mu)/(1+s**2)+s/(1+s**2)**.5*F((x_t
 """),
         (3, "the skip without the network", "def answer(F, x_t, s, mu, sd): return mu+sd**2/(s**2+sd**2)*(x_t-mu)"),
     ],
+    "diffusion.open_words": [
+        (1, "over the pictures, not over the words", "def answer(log_density, share): return (log_density+share.log()).softmax(0)"),
+        (1, "half of the log density", "def answer(log_density, share): return (log_density/2+share.log()).softmax(1)"),
+        (2, "roots", "def answer(s): return tuple(u**.5 for u in solution_2(s))"),
+        (2, "no noise in the average", "def answer(s): return 0.,error_of(s, torch.sign)"),
+        (3, "alpha left out of the distance", """
+def answer(x_t, c, means, var):
+    return solution_3(x_t/c.alpha, c._replace(alpha=1+0*c.alpha), means, var)
+"""),
+        (3, "the weighted mean, without what the picture shows", """
+def answer(x_t, c, means, var):
+    w,_ = parts_of(x_t, c, means, var)
+    return (w*means).sum(1),var**.5+0*c.alpha
+"""),
+    ],
     "diffusion.closed_form": [
         (1, "the gain of the mean forgotten", """
 def answer(x_t, alpha, sigma, mu, cov):
