@@ -42,9 +42,20 @@ FEW = GRID | dict(
     scales=(1.0, 4.0), classifier_scales=(1.0, 4.0), painted_scales=(1.0, 4.0), fix_scales=(1.0, 8.0)
 )
 SWEEP = dict(
-    smoke=FEW | dict(images=320, classifier=320, painted=64, n=16, gray=4, steps=3),
-    demo=GRID | dict(images=24_000, classifier=16_000, painted=32_000, n=400, gray=86, steps=25),
-    full=GRID | dict(images=1_000_000, classifier=500_000, painted=4_000_000, n=5000, gray=86, steps=50),
+    smoke=FEW | dict(images=320, classifier=320, painted=64, n=dict(digits=16, painted=16), gray=4, steps=3),
+    demo=GRID
+    | dict(
+        images=24_000, classifier=16_000, painted=32_000, n=dict(digits=1_000, painted=400), gray=86, steps=25
+    ),
+    full=GRID
+    | dict(
+        images=1_000_000,
+        classifier=500_000,
+        painted=4_000_000,
+        n=dict(digits=5_000, painted=5_000),
+        gray=86,
+        steps=50,
+    ),
 )
 NULLS = ("text", "learned", "zeros")
 
@@ -74,7 +85,9 @@ def on_digits(
 
     def look(guide, den=None):
         tok, base, _ = arm()
-        return measured(painter(den or base, tok, data.shape, guide, s["steps"]), data, s["n"], seed)
+        return measured(
+            painter(den or base, tok, data.shape, guide, s["steps"]), data, s["n"]["digits"], seed
+        )
 
     def row():
         return look(partial(guided, w=2.0)) | arm()[2] | dict(recipe="guidance", nfe=2 * s["steps"])
@@ -152,8 +165,8 @@ def on_painted(
 
     @cache
     def look(w):
-        held = s["n"] // 2 if w in (1.0, 2.0) else 0
-        return measured(draw(partial(guided, w=w)), data, s["n"], seed, held)
+        held = s["n"]["painted"] // 2 if w in (1.0, 2.0) else 0
+        return measured(draw(partial(guided, w=w)), data, s["n"]["painted"], seed, held)
 
     def free():
         rows = [look(w) for w in s["painted_scales"]]
@@ -173,7 +186,7 @@ def on_painted(
 
     def fixed(name):
         guide, clamp = FIXES[name]
-        return short(measured(draw(guide(2.0), clamp), data, s["n"], seed))
+        return short(measured(draw(guide(2.0), clamp), data, s["n"]["painted"], seed))
 
     yield f"painted.free.seed{seed}", free
     yield f"painted.row.seed{seed}", row
@@ -196,7 +209,7 @@ def experiments(
         return painted_model(painted_config(painted, scale) | dict(max_len=12), painted)[1].skip.tables
 
     def setting():
-        floor = {k: reference(d, judge_for(d), s["n"])["floor"]["fd_floor"] for k, d in sets.items()}
+        floor = {k: reference(d, judge_for(d), s["n"][k])["floor"]["fd_floor"] for k, d in sets.items()}
         about = dict(
             seeds=list(seeds), times=TS, fd_floor=floor, spans={k: list(v) for k, v in SPANS.items()}
         )

@@ -15,10 +15,10 @@ from t2i_course.flow.flow_matching import ETA, build, logit_normal, mode_times, 
 
 ROWS = ("painted",)  # measured with the recipe as it stands
 GUIDANCE = ((1.0, 0.0), (2.0, 0.0), (2.0, 0.2), (4.0, 0.0), (4.0, 0.2))
-SWEEP = dict(  # training pictures, drawings, calls of the network, guidance scales and where they begin
-    smoke=dict(images=256, n=12, nfe=(2, 4), guidance=GUIDANCE[:3]),
-    demo=dict(images=14_000, n=400, nfe=(2, 4, 8, 16, 32), guidance=GUIDANCE),
-    full=dict(images=4_000_000, n=5_000, nfe=(1, 2, 4, 8, 16, 32, 64), guidance=GUIDANCE),
+SWEEP = dict(  # training pictures, drawings, drawings of digits, calls, guidance scales and where they begin
+    smoke=dict(images=256, n=12, digits=12, nfe=(2, 4), guidance=GUIDANCE[:3]),
+    demo=dict(images=14_000, n=400, digits=5_000, nfe=(2, 4, 8, 16, 32), guidance=GUIDANCE),
+    full=dict(images=4_000_000, n=5_000, digits=5_000, nfe=(1, 2, 4, 8, 16, 32, 64), guidance=GUIDANCE),
 )
 WAYS = dict(  # of drawing with one and the same model
     plain=dict(),
@@ -104,7 +104,7 @@ def measure(
 def controls(
     scale: str,  # smoke, demo or full
     images: int,  # training pictures of an arm
-    n: int,  # drawings
+    n,  # drawings, by data set
     seeds,  # of weights, data and start noise
     precision: str,  # fp32 or bf16
 ):  # yields ('control.data.arm.seed', make)
@@ -120,8 +120,8 @@ def controls(
             return tok, fit_skip(den, data, tok, config.fit_images)
 
         made = fit(started, config, data, images, seed, precision)
-        floor = reference(data, judge, n)["floor"]["fd_floor"]
-        one = partial(measure, made.model, made.tok, data, judge, n, seed, held=n // 2, above=0.2)
+        floor = reference(data, judge, n[name])["floor"]["fd_floor"]
+        one = partial(measure, made.model, made.tok, data, judge, n[name], seed, held=n[name] // 2, above=0.2)
         return config, one, dict(loss=made.about["loss"], images=images, fd_floor=floor)
 
     def control(*arm):
@@ -162,7 +162,9 @@ def experiments(
 
     def setting():
         floor = reference(data, judge, s["n"])["floor"]["fd_floor"]
-        about = dict(images=s["images"], n=s["n"], steps=config.steps, precision=precision)
+        about = dict(
+            images=s["images"], n=s["n"], digits=s["digits"], steps=config.steps, precision=precision
+        )
         return about | dict(pairs_in_groups=False, seeds=list(seeds), fd_floor=floor)
 
     @lru_cache(1)  # all keys of an arm ask for its model
@@ -192,4 +194,5 @@ def experiments(
                 yield f"paths.{name}.{seed}", partial(path, name, seed)
             if name == "base":
                 yield f"guided.{seed}", partial(guided, seed)
-    yield from controls(scale, s["images"], s["n"], seeds, precision)
+    n = dict.fromkeys(("painted", "mnist"), s["n"]) | dict(digits=s["digits"])
+    yield from controls(scale, s["images"], n, seeds, precision)
