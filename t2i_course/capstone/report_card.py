@@ -120,7 +120,7 @@ def _number_axis(ax, ticks, **texts): # logarithmic, with plain numbers
 # %% ../../nbs/13_capstone/01_report_card.ipynb #57bb4746
 def figure(
     rows:list,  # as from `entries`
-    floor:float=1., # of the Frechet distance, in floors
+    floor:float=1., # of the Fréchet distance, in floors
 )->Figure:
     "Obedience against distance to real pictures, recall against price; a dot is a mean of seeds"
     fig = canvas((9, 3.6), dpi=DPI, layout='constrained')
@@ -133,7 +133,7 @@ def figure(
         _name_dot(left, e['name'], x, y, c, close)
         _name_dot(right, e['name'], e['drawing'][0], e['recall'][0], c)
     left.axvline(floor, color='gray', lw=.8, ls=':')
-    _number_axis(left, (1, 2, 5, 10, 20), xlabel='Frechet distance, multiples of real against real',
+    _number_axis(left, (1, 2, 5, 10, 20), xlabel='Fréchet distance, in floors',
                  ylabel='obeys the caption, %', title='how good')
     _number_axis(right, (.1, .3, 1, 3, 10, 30), xlabel='seconds per 1,000 pictures', ylabel='recall',
                  title='at what price')
