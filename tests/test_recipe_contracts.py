@@ -69,7 +69,7 @@ def another(value, kind):
     "A different value of the same kind: what is ignored would not come back"
     if kind is bool: return not value
     if kind is str: return value + "2"
-    if kind in (list, tuple): return kind([*value, value[0]])
+    if kind in (list, tuple): return kind([*value, value[0] if value else "red"])
     return 3.5 if value is None or kind is float else value + 1 if isinstance(value, int) else 2 * value
 
 
