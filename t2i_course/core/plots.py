@@ -195,7 +195,7 @@ def _loss_curve(images, losses, name, said)->Figure:
 class Live:
     "Call it with every Record: one curve that grows in a notebook, one line of text at the end elsewhere"
     def __init__(self,
-        every:float=.5,  # seconds between pictures; more when drawing is slow
+        every:float=.5,  # seconds between pictures; longer where drawing itself takes long
         name:str='loss', # what is trained
     ):
         self.every,self.name = every,name
