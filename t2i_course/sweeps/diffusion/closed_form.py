@@ -48,9 +48,7 @@ SWEEP = dict(  # pictures to fit on, drawings, drawings of held-out captions, st
     demo=dict(fit=8192, n=dict(digits=5_000, mnist=400, painted=400), held=100, steps=12),
     full=dict(fit=65_536, n=dict(digits=10_000, mnist=2_000, painted=2_000), held=1_000, steps=16),
 )
-HELD = dict(
-    digits=0.5
-)  # of the recipe's rate: at all of it, never lowered, two of three networks stopped learning
+HELD = dict(digits=0.5)  # of the recipe's rate: at all of it, held, two of three networks stopped learning
 SCALE = dict(digits=1.0, mnist=2.0, painted=2.0)  # of guidance: digits obey without it, and cost half as much
 
 
@@ -136,9 +134,8 @@ def experiments(
 
     def about(name):
         data, config, judge = of(name)
-        more = dict(
-            fit=s["fit"], steps=s["steps"], guidance=SCALE[name], held_out=s["held"], rate=HELD.get(name, 1.0)
-        )
+        more = dict(fit=s["fit"], steps=s["steps"], guidance=SCALE[name], held_out=s["held"])
+        more["rate"] = HELD.get(name, 1.0)
         points = {arm: list(v) for arm, v in POINTS[scale][name].items()}
         return setting(dict(n=s["n"][name], batch=config.batch), seeds, data, judge, **more, points=points)
 

@@ -42,20 +42,14 @@ FEW = GRID | dict(
     scales=(1.0, 4.0), classifier_scales=(1.0, 4.0), painted_scales=(1.0, 4.0), fix_scales=(1.0, 8.0)
 )
 SWEEP = dict(
-    smoke=FEW | dict(images=320, classifier=320, painted=64, n=dict(digits=16, painted=16), gray=4, steps=3),
-    demo=GRID
-    | dict(
-        images=24_000, classifier=16_000, painted=32_000, n=dict(digits=1_000, painted=400), gray=86, steps=25
-    ),
-    full=GRID
-    | dict(
-        images=1_000_000,
-        classifier=500_000,
-        painted=4_000_000,
-        n=dict(digits=5_000, painted=5_000),
-        gray=86,
-        steps=50,
-    ),
+    smoke=FEW | dict(images=320, classifier=320, painted=64, gray=4, steps=3),
+    demo=GRID | dict(images=24_000, classifier=16_000, painted=32_000, gray=86, steps=25),
+    full=GRID | dict(images=1_000_000, classifier=500_000, painted=4_000_000, gray=86, steps=50),
+)
+DRAWN = dict(  # drawings of a data set
+    smoke=dict(digits=16, painted=16),
+    demo=dict(digits=1_000, painted=400),
+    full=dict(digits=5_000, painted=5_000),
 )
 NULLS = ("text", "learned", "zeros")
 
@@ -200,7 +194,7 @@ def experiments(
     seeds=(0, 1, 2),  # of weights, data and start noise
 ):  # yields ('key.path', make), and make() gives the value
     "Guidance with and without a classifier, dropout rates, nulls, spans, saturation and its remedies"
-    s = SWEEP[scale]
+    s = SWEEP[scale] | dict(n=DRAWN[scale])
     sets = {k: load(k) for k in ("digits", "painted")}
 
     @cache

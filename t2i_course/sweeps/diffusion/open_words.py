@@ -28,12 +28,9 @@ class OwnFrame(OpenWords):
     def __call__(self, x_t, t, cond):
         own, g = CaptionGaussian.__call__(self, x_t, t, cond), super().__call__(x_t, t, cond)
         unit = self.colour(cond.ids, self.mean(cond.ids))[0][:, -1:, None].sqrt()
-        told = (
-            own.frame.mT @ (g.x0_hat - own.x0_hat).flatten(2) / unit
-        )  # what the mixture changes in the guess
-        seen = torch.stack(own.inputs.flatten(2).chunk(3, 1))
-        seen[1] += told
-        return g._replace(frame=own.frame, inputs=torch.cat([*seen], 1).view_as(own.inputs))
+        inputs = own.inputs.unflatten(1, (3, -1)).clone()  # the second picture is the guess: the mixture's
+        inputs[:, 1] += (own.frame.mT @ (g.x0_hat - own.x0_hat).flatten(2) / unit).view_as(g.x0_hat)
+        return g._replace(frame=own.frame, inputs=inputs.flatten(1, 2))
 
 
 def with_and_without(
