@@ -326,7 +326,7 @@ def test_painter_keeps_the_noise():
 # --- the sweep ---
 
 def test_experiments(monkeypatch):
-    tiny = dict(images=320, classifier=320, painted=320, n=12, gray=2, steps=2, scales=(1., 2.), classifier_scales=(1.,),
+    tiny = dict(images=320, classifier=320, painted=320, gray=2, steps=2, scales=(1., 2.), classifier_scales=(1.,),
                 p_drop=(0., .1), painted_scales=(1., 2.), fix_scales=(2.,))
     monkeypatch.setitem(sweep.SWEEP, "smoke", tiny)
     monkeypatch.setattr(sweep, "FIXES", {k: FIXES[k] for k in ("none", "dynamic")})
