@@ -531,9 +531,11 @@ def caption_skip(
     config:SkipConfig, # of any recipe with a closed form
     process,           # gives coefs(t)
     tok,               # captions -> Cond
+    kind=CaptionGaussian, # or a class that is made like it
+    **more,            # what that class is made with beside
 )->CaptionGaussian:    # not fitted; None where the recipe begins without
     "The closed form that a recipe asks for"
     if not config.skip: return None
     groups = [[tok.index[w] for w in g] for g in config.groups]
-    return CaptionGaussian(process, len(tok), groups, config.n_terms, config.rank,
-                           pairs_in_groups=config.pairs_in_groups)
+    return kind(process, len(tok), groups, config.n_terms, config.rank,
+                pairs_in_groups=config.pairs_in_groups, **more)

@@ -9,7 +9,7 @@ __all__ = ['completed', 'evidence', 'mixed', 'OpenWords', 'OpenConfig', 'open_fo
 from dataclasses import dataclass, field
 import torch
 from torch import Tensor
-from .closed_form import CaptionGaussian, SkipConfig, closed_form, posterior, word_groups
+from .closed_form import CaptionGaussian, SkipConfig, caption_skip, closed_form, posterior, word_groups
 from .ddpm import Coefs
 from .preconditioning import Guess
 
@@ -107,7 +107,5 @@ def open_skip(
     tok,               # captions -> Cond
 )->OpenWords:          # not fitted; None where the recipe begins without
     "The closed form that a recipe asks for"
-    if not config.skip: return None
-    groups,words = [[tok.index[w] for w in g] for g in config.groups],config.open_words
-    return OpenWords(process, len(tok), groups, config.n_terms, config.rank,
-                     open_words=[tok.index[w] for w in words], pairs_in_groups=config.pairs_in_groups)
+    words = [tok.index[w] for w in config.open_words]
+    return caption_skip(config, process, tok, OpenWords, open_words=words)
