@@ -263,10 +263,10 @@ def test_a_config_field_is_asked_for(name):
 
 
 def modules_of(module):
-    "The chapter's module and those of the package that it takes names from"
+    "The chapter's module, those of the package that it takes names from, and those its Config grew from"
     import sys
     found = {module.__name__: module}
-    for value in vars(module).values():
+    for value in [*vars(module).values(), *module.Config.__mro__]:
         where = getattr(value, "__module__", "") or ""
         if where.startswith("t2i_course.") and where in sys.modules: found[where] = sys.modules[where]
     return found.values()
