@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'SIZES', 'OWN', 'waves', 'ResBlock', 'fast_attend', 'Attention', 'FeedForward', 'TransformerBlock',
-           'SpatialTransformer', 'Level', 'widths_in', 'Middle', 'grids', 'descend', 'ascend', 'vector_of', 'Through',
-           'StableUNet', 'published_name', 'to_diffusers', 'from_diffusers', 'arguments', 'open_unet', 'Config',
-           'recipe_for', 'zeroed', 'text_unet', 'build', 'attention_maps', 'side_words', 'side_masks', 'overlap',
-           'word_overlap']
+           'SpatialTransformer', 'Level', 'widths_in', 'Middle', 'grids', 'descend', 'ascend', 'adapted', 'vector_of',
+           'Through', 'StableUNet', 'published_name', 'to_diffusers', 'from_diffusers', 'arguments', 'open_unet',
+           'Config', 'recipe_for', 'zeroed', 'text_unet', 'build', 'attention_maps', 'side_words', 'side_masks',
+           'overlap', 'word_overlap']
 
 # %% ../../nbs/04_diffusion/12_unet.ipynb #un000004
 import json, math, re
@@ -232,6 +232,17 @@ def ascend(levels, x:Tensor, left:list, emb:Tensor, told:Tensor, mask:Tensor)->T
         if level.move: x = level.move(F.interpolate(x, scale_factor=2.))
     return x
 
+# %% ../../nbs/04_diffusion/12_unet.ipynb #un00038b
+def adapted(
+    x:Tensor,  # (b d h w) the middle
+    left:list, # what was left on the way down
+    more:list, # what an adapter adds to each of these, and last to the middle
+)->tuple:      # x, left
+    if len(more)!=len(left)+1: raise CourseError(
+        f'an adapter of this network adds {len(left)+1} tensors: one to each of the {len(left)} that are left '
+        f'on the way down, and one to the middle; got {len(more)}')
+    return x+more[-1],[a+b for a,b in zip(left, more)]
+
 # %% ../../nbs/04_diffusion/12_unet.ipynb #un000039
 def vector_of(a:int, b:int)->nn.Module: # waves (n a) -> vector (n b)
     return nn.Sequential(nn.Linear(a, b), nn.SiLU(), nn.Linear(b, b))
@@ -253,7 +264,7 @@ class Through(nn.Module):
         x = self.stem(F.pixel_unshuffle(x_t, self.patch))
         left = descend(self.down, x, emb, *words)
         x = self.middle(left[-1], emb, *words)
-        if more: x,left = x+more[-1],[a+b for a,b in zip(left, more[:-1], strict=True)]
+        if more: x,left = adapted(x, left, more)
         x = ascend(self.up, x, left, emb, *words)
         return F.pixel_shuffle(self.head(F.silu(self.norm(x))), self.patch)
 
