@@ -1,32 +1,44 @@
-"The sweep of the chapter on the U-Net: its parts changed one at a time, and what its words listen to."
+"What the words listen to, in the U-Net's chapter: two painted digits, in latents and in pixels around the closed form."
 
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-from t2i_course.core.data import Draws, split_words
+from t2i_course.codec import vae
+from t2i_course.core.data import Draws, Wrapped, split_words
 from t2i_course.core.experiments import best_precision, fit, setting
-from t2i_course.core.metrics import judge_for, shuffled
+from t2i_course.core.metrics import judge_for, obedience, shuffled
 from t2i_course.core.sources import load
 from t2i_course.diffusion.preconditioning import fit_skip
 from t2i_course.diffusion.unet import attention_maps, build, overlap, recipe_for, side_masks, word_overlap
 
-SWEEP = (
-    dict(  # training pictures, drawings; for the maps: training pictures of two digits, pictures looked at
-        smoke=dict(images=64, n=16, images_two=64, n_maps=4),
-        demo=dict(images=30_000, n=1_000, images_two=60_000, n_maps=200),
-        full=dict(images=1_000_000, n=5_000, images_two=3_000_000, n_maps=1_000),
-    )
+SWEEP = dict(  # training pictures of network and codec, pictures looked at, drawings
+    smoke=dict(images=64, codec_images=64, n_maps=4, n=8),
+    demo=dict(images=60_000, codec_images=16_000, n_maps=200, n=500),
+    full=dict(images=3_000_000, codec_images=500_000, n_maps=1_000, n=2_000),
 )
-ARMS = dict(  # what is changed in the recipe
-    base={},
-    no_self_attention=dict(look=False),
-    scale_shift=dict(scale_shift=True),
-    gelu=dict(gated=False),
+LATENT = dict(  # what is changed for latents of 8 x 8 places: transformers on the fine grid, no closed form
+    smoke=dict(widths=(16, 32), transformers=(1, 0), heads=(2, 2)),
+    demo=dict(widths=(64, 96), transformers=(1, 0), heads=(4, 4)),
+    full=dict(widths=(256, 512), transformers=(1, 0), heads=(4, 8), depth=2),
 )
-TIMES = (0.1, 0.2, 0.3, 0.4, 0.5)  # at which the maps are taken
+TIMES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)  # at which the maps are taken
+
+
+class Latents(Wrapped):
+    "The same captions; a picture is a fresh draw from what the codec says of it"
+
+    def __init__(self, data, codec):
+        super().__init__(data)
+        self.codec, self.shape = codec, codec.grid(data.shape)
+
+    @torch.no_grad()
+    def batch(self, split, draws):
+        b = self.data.batch(split, draws)
+        noise = draws.normal("posterior", *self.shape)
+        return b._replace(x=self.codec.sample(self.codec.encode(b.x), noise))
 
 
 def fully_named(
@@ -41,26 +53,26 @@ def fully_named(
     return data.batch("test", Draws(0, keep)), keep
 
 
-def noised(den, x, t, seed=0):  # pictures and their times
-    times = torch.full((len(x),), t)
-    c = den.coefs(times, x)
-    return c.alpha * x + c.sigma * Draws(seed, torch.arange(len(x))).normal("eps", *x.shape[1:]), times
+@torch.no_grad()
+def noised(den, x, t, seed=0):  # pictures -> what the network sees of them, and their times
+    x0, times = den.codec.sample(den.codec.encode(x)), torch.full((len(x),), t)
+    c = den.coefs(times, x0)
+    return c.alpha * x0 + c.sigma * Draws(seed, torch.arange(len(x))).normal("eps", *x0.shape[1:]), times
 
 
 def heard(
-    arm,  # a trained model of two painted digits
+    arm,  # a model of two painted digits
     b,  # as from `fully_named`
 ) -> dict:  # kind of map -> overlap at each of TIMES
     "Overlap of the maps of a digit's words with its strokes, with those of the other digit, and so on"
-    masks, den = side_masks(b), arm.model
-    tok, strangers = arm.tok, shuffled(b.captions)
+    masks, strangers = side_masks(b), shuffled(b.captions)
     out = dict(own=[], other_digit=[], other_caption=[])
     for t in TIMES:
-        x_t, times = noised(den, b.x, t)
-        maps = attention_maps(den, x_t, times, tok(b.captions))
+        x_t, times = noised(arm.model, b.x, t)
+        maps = attention_maps(arm.model, x_t, times, arm.tok(b.captions))
         out["own"].append(word_overlap(maps, b.captions, masks).mean().item())
         out["other_digit"].append(word_overlap(maps, b.captions, masks, swap=True).mean().item())
-        maps = attention_maps(den, x_t, times, tok(strangers))
+        maps = attention_maps(arm.model, x_t, times, arm.tok(strangers))
         out["other_caption"].append(word_overlap(maps, strangers, masks).mean().item())
     return out
 
@@ -74,59 +86,80 @@ def best_possible(b) -> float:  # overlap of a perfect map, as coarse as the net
     return sum(found) / len(found)
 
 
-def picture(arm, b, index) -> dict:  # one caption, its words, and the map of each
+def picture(arm, b, index) -> dict:  # one caption, its words, and the map of each at each of TIMES
     "Something to look at"
     inks = b.attrs["ink_left"] != b.attrs["ink_right"]
     digits = b.attrs["digit_left"] != b.attrs["digit_right"]
     i = (inks & digits & b.named["paper"]).nonzero()[0, 0].item()
-    x_t, times = noised(arm.model, b.x[i : i + 1], 0.2)
-    maps = attention_maps(arm.model, x_t, times, arm.tok(b.captions[i : i + 1]))[0]
     words = split_words(b.captions[i])
-    keep = [k for k, w in enumerate(words) if w not in ("a", "an", "of", "on")]
-    rows = [[[round(u, 4) for u in row] for row in maps[k + 1].tolist()] for k in keep]
-    return dict(index=index[i].item(), caption=b.captions[i], words=[words[k] for k in keep], maps=rows)
+    keep, maps = [k for k, w in enumerate(words) if w not in ("a", "an", "of", "on")], []
+    for t in TIMES:
+        x_t, times = noised(arm.model, b.x[i : i + 1], t)
+        found = attention_maps(arm.model, x_t, times, arm.tok(b.captions[i : i + 1]))[0]
+        maps.append([[[round(u, 4) for u in row] for row in found[k + 1].tolist()] for k in keep])
+    return dict(index=index[i].item(), words=[words[k] for k in keep], maps=maps)
 
 
 def experiments(
     scale: str = "demo",  # smoke, demo or full
     seeds=(0, 1, 2),  # of weights, data and start noise
 ):  # yields ('key.path', make), and make() gives the value
-    "The recipe on one painted digit with its parts changed, and on two for the maps of their words"
-    s, data, two, precision = SWEEP[scale], load("painted"), load("painted2"), best_precision()
-    judge = judge_for(data)
-    looked, index = fully_named(two, s["n_maps"])
+    "The same recipe on the latents of one codec, and on pixels around the closed form"
+    s, two, precision = SWEEP[scale], load("painted2"), best_precision()
+    judge, (looked, index) = judge_for(two), fully_named(two, s["n_maps"])
+    wanted = two.batch("test", Draws(1, torch.arange(s["n"]))).captions
 
-    @lru_cache(2)
-    def tables(ds):  # of the closed form; all arms on these pictures share them
-        config = recipe_for(ds, scale)
-        tok, den = build(config)
-        return fit_skip(den, ds, tok, config.fit_images).skip.tables
+    @cache
+    def codec():  # one for all seeds
+        arm = vae.fit_whitened(two, vae.recipe_for(two, scale), s["codec_images"], 0, precision)
+        return arm.model.codec.eval().requires_grad_(False)
 
-    def started(ds, config):
+    @cache
+    def tables():  # of the closed form
+        config = recipe_for(two, scale)
         tok, den = build(config)
-        den.skip.tables = tables(ds)
+        return fit_skip(den, two, tok, config.fit_images).skip.tables
+
+    def latent(config):
+        return build(config, SimpleNamespace(model=SimpleNamespace(codec=codec())))
+
+    def closed(config):
+        tok, den = build(config)
+        den.skip.tables = tables()
         return tok, den
 
-    def row(arm, seed):
-        config = recipe_for(data, scale) | ARMS[arm]
-        made = fit(partial(started, data), config, data, s["images"], seed, precision)
-        return made.row(data, judge, s["n"], seed, recipe=arm)
+    def asked(arm):  # how a model is built, its config, its data
+        if arm == "pixels":
+            return closed, recipe_for(two, scale), two
+        ds = Latents(two, codec())
+        plain = dict(skip=False, open_words=[], patch=1)
+        return latent, recipe_for(ds, scale) | plain | LATENT[scale], ds
 
     @lru_cache(1)
-    def of_two(seed):
-        return fit(partial(started, two), recipe_for(two, scale), two, s["images_two"], seed, precision)
+    def trained(arm, seed):
+        make, config, ds = asked(arm)
+        return fit(make, config, ds, s["images"], seed, precision)
 
-    def maps(seed):
+    def listens(arm, seed):
+        make, config, ds = asked(arm)
         torch.manual_seed(seed)
-        tok, den = started(two, recipe_for(two, scale))
-        fresh = heard(SimpleNamespace(tok=tok, model=den), looked)
-        return heard(of_two(seed), looked) | dict(untrained=fresh["own"])
+        tok, den = make(config)
+        before, made = heard(SimpleNamespace(tok=tok, model=den), looked), trained(arm, seed)
+        x = made.model.painter(made.tok, made.config)(wanted, seed)
+        more = dict(untrained=before["own"], obedience=obedience(judge, x, two, wanted))
+        return heard(made, looked) | more | made.about
 
-    yield "setting", partial(setting, s, seeds, data, judge, times=TIMES)
+    def repeated():  # what the judge reads off reconstructions
+        x, own = two.batch("test", Draws(1, torch.arange(s["n"]))).x, codec()
+        with torch.no_grad():
+            y = own.decode(own.sample(own.encode(x)))
+        return obedience(judge, y, two, wanted)
+
+    yield "setting", partial(setting, s, seeds, two, judge, times=TIMES)
     yield "best_possible", partial(best_possible, looked)
+    yield "codec", repeated
     for seed in seeds:
-        yield f"maps.seed{seed}", partial(maps, seed)
+        yield f"latents.seed{seed}", partial(listens, "latents", seed)
         if seed == seeds[0]:
-            yield "shown", lambda: picture(of_two(seeds[0]), looked, index)
-        for arm in ARMS:
-            yield f"arms.{arm}.seed{seed}", partial(row, arm, seed)
+            yield "shown", lambda: picture(trained("latents", seeds[0]), looked, index)
+        yield f"pixels.seed{seed}", partial(listens, "pixels", seed)
