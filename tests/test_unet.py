@@ -29,8 +29,9 @@ def reference(kind):
     heads, cross, layers, more = KINDS[kind]
     names = ["CrossAttnDownBlock2D" if c else "DownBlock2D" for c in cross]
     torch.manual_seed(0)
-    ref = UNet2DConditionModel(sample_size=16, block_out_channels=(32, 64, 64, 64)[:len(names)], down_block_types=names, up_block_types=[n.replace("Down", "Up") for n in names[::-1]],
-                               attention_head_dim=heads, cross_attention_dim=24, transformer_layers_per_block=layers, norm_num_groups=8, **more)
+    blocks = dict(down_block_types=names, up_block_types=[n.replace("Down", "Up") for n in names[::-1]])
+    ref = UNet2DConditionModel(sample_size=16, block_out_channels=(32, 64, 64, 64)[:len(names)], attention_head_dim=heads, cross_attention_dim=24,
+                               transformer_layers_per_block=layers, norm_num_groups=8, **blocks, **more)
     for p in ref.parameters(): p.data.normal_(0, .1)
     return ref.eval()
 
@@ -69,7 +70,8 @@ def test_adapters_add_as_in_diffusers():
     x, steps, cond = asked("sd15")
     left = descend(net.down, net.stem(x), net.embed((steps + 1) / 1000, cond), cond.seq, cond.mask)
     more = [torch.randn_like(v) for v in (*left, left[-1])]
-    want = ref(x, steps, cond.seq, encoder_attention_mask=cond.mask, down_block_additional_residuals=more[:-1], mid_block_additional_residual=more[-1]).sample
+    adapter = dict(down_block_additional_residuals=more[:-1], mid_block_additional_residual=more[-1])
+    want = ref(x, steps, cond.seq, encoder_attention_mask=cond.mask, **adapter).sample
     assert (want - net(x, (steps + 1) / 1000, cond, more)).abs().max() <= 1e-5
     with pytest.raises(CourseError, match="adds 13 tensors"): net(x, steps / 1000, cond, more[1:])
 
@@ -118,7 +120,7 @@ def test_counts_of_the_feed_forward_layer(d):
 
 
 def test_switches():
-    x, emb, words, mask = torch.randn(1, 16, 32), torch.randn(1, 64), torch.randn(1, 5, 24), torch.ones(1, 5, dtype=torch.bool)
+    x, words, mask = torch.randn(1, 16, 32), torch.randn(1, 5, 24), torch.ones(1, 5, dtype=torch.bool)
     alone = TransformerBlock(32, 24, 4, look=False)
     y = x.clone()
     y[:, 1:] = 0

@@ -10,7 +10,7 @@ __all__ = ['PUBLISHED', 'SIZES', 'OWN', 'waves', 'ResBlock', 'fast_attend', 'Att
            'overlap', 'word_overlap']
 
 # %% ../../nbs/04_diffusion/12_unet.ipynb #un000004
-import json, math, re
+import json, re
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -239,8 +239,8 @@ def adapted(
     more:list, # what an adapter adds to each of these, and last to the middle
 )->tuple:      # x, left
     if len(more)!=len(left)+1: raise CourseError(
-        f'an adapter of this network adds {len(left)+1} tensors: one to each of the {len(left)} that are left '
-        f'on the way down, and one to the middle; got {len(more)}')
+        f'an adapter of this network adds {len(left)+1} tensors: one to each of the {len(left)} that are '
+        f'left on the way down, and one to the middle; got {len(more)}')
     return x+more[-1],[a+b for a,b in zip(left, more)]
 
 # %% ../../nbs/04_diffusion/12_unet.ipynb #un000039
@@ -347,8 +347,8 @@ def from_diffusers(
 # %% ../../nbs/04_diffusion/12_unet.ipynb #un000049
 # what `StableUNet` cannot be told: fields of config.json and the only values that they may have
 _ONLY = dict(_class_name='UNet2DConditionModel', act_fn='silu', mid_block_type='UNetMidBlock2DCrossAttn',
-             center_input_sample=False, flip_sin_to_cos=True, freq_shift=0, downsample_padding=1, norm_eps=1e-5,
-             only_cross_attention=False, dual_cross_attention=False, class_embed_type=None,
+             center_input_sample=False, flip_sin_to_cos=True, freq_shift=0, downsample_padding=1,
+             norm_eps=1e-5, only_cross_attention=False, dual_cross_attention=False, class_embed_type=None,
              encoder_hid_dim=None, encoder_hid_dim_type=None, num_attention_heads=None, dropout=0.,
              mid_block_scale_factor=1, time_embedding_type='positional', time_embedding_dim=None,
              timestep_post_act=None, time_cond_proj_dim=None, conv_in_kernel=3, conv_out_kernel=3,
@@ -506,15 +506,19 @@ def attention_maps(
     return torch.stack(found).mean(0)
 
 # %% ../../nbs/04_diffusion/12_unet.ipynb #un000060
-def side_words(caption:str)->dict: # left, right -> tokens of the words that name this digit and its ink
-    "Where a caption of two painted digits speaks of which (START is token 0)"
+def side_words(
+    caption:str, # of two painted digits
+    among=(*NUMBERS, *INKS), # words that count: those that name a digit, or its ink
+)->dict:         # left, right -> tokens; START is token 0
+    "Where the caption speaks of which digit"
     words = split_words(caption)
     at = next(i for i in range(len(words)-1) if words[i] in ('left','right') and words[i+1]=='of')
     parts = dict(first=range(at), second=range(at+2, len(words)))
-    found = {k:[i+1 for i in part if words[i] in NUMBERS or words[i] in INKS] for k,part in parts.items()}
+    found = {k:[i+1 for i in part if words[i] in among] for k,part in parts.items()}
     other = dict(left='right', right='left')[words[at]]
     return {words[at]:found['first'], other:found['second']}
 
+# %% ../../nbs/04_diffusion/12_unet.ipynb #un00060b
 def side_masks(batch)->dict: # left, right -> (b h w) bool
     "The strokes of either digit, exactly: where the picture is nearer to the ink than to the paper"
     c = {k:torch.tensor(list(v.values()))/127.5-1 for k,v in dict(ink=INKS, paper=PAPERS).items()}
@@ -544,11 +548,12 @@ def word_overlap(
     captions,      # b texts that name both digits and both inks
     masks:dict,    # as from `side_masks`
     swap:bool=False, # hold each digit's words against the other digit
+    among=(*NUMBERS, *INKS), # see `side_words`
 )->Tensor:         # (b) mean over the two digits
     "Do the words of a digit light up its strokes?"
     found = []
     for i,caption in enumerate(captions):
-        for side,tokens in side_words(caption).items():
+        for side,tokens in side_words(caption, among).items():
             truth = masks[dict(left='right', right='left')[side] if swap else side][i:i+1]
             m = maps[i,tokens].mean(0)[None,None]
             m = F.interpolate(m, size=truth.shape[1:], mode='bilinear', align_corners=False)

@@ -1,4 +1,4 @@
-"What the words listen to, in the U-Net's chapter: two painted digits, in latents and in pixels around the closed form."
+"Where words are heard, for the U-Net's chapter: two painted digits, in latents and in pixels."
 
 from functools import cache, lru_cache, partial
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from t2i_course.codec import vae
-from t2i_course.core.data import Draws, Wrapped, split_words
+from t2i_course.core.data import INKS, NUMBERS, Draws, Wrapped, split_words
 from t2i_course.core.experiments import best_precision, fit, setting
 from t2i_course.core.metrics import judge_for, obedience, shuffled
 from t2i_course.core.sources import load
@@ -66,11 +66,12 @@ def heard(
 ) -> dict:  # kind of map -> overlap at each of TIMES
     "Overlap of the maps of a digit's words with its strokes, with those of the other digit, and so on"
     masks, strangers = side_masks(b), shuffled(b.captions)
-    out = dict(own=[], other_digit=[], other_caption=[])
+    out = dict(own=[], inks=[], digits=[], other_digit=[], other_caption=[])
     for t in TIMES:
         x_t, times = noised(arm.model, b.x, t)
         maps = attention_maps(arm.model, x_t, times, arm.tok(b.captions))
-        out["own"].append(word_overlap(maps, b.captions, masks).mean().item())
+        for kind, among in dict(own=(*NUMBERS, *INKS), inks=tuple(INKS), digits=tuple(NUMBERS)).items():
+            out[kind].append(word_overlap(maps, b.captions, masks, among=among).mean().item())
         out["other_digit"].append(word_overlap(maps, b.captions, masks, swap=True).mean().item())
         maps = attention_maps(arm.model, x_t, times, arm.tok(strangers))
         out["other_caption"].append(word_overlap(maps, strangers, masks).mean().item())
