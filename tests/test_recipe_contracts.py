@@ -210,7 +210,7 @@ def test_what_a_recipe_stands_on_are_parameters_of_build(name):
     assert sum(share for *_, share in asked.values()) < 1
 
 
-@pytest.mark.parametrize("name", ["ddpm", "dit", "flow_matching"])
+@pytest.mark.parametrize("name", ["ddpm", "unet", "dit", "flow_matching"])
 def test_a_denoiser_of_latents_paints_pictures(name):
     "Nothing outside asks for a codec: the model decodes, and its sampler has room for numbers beyond 1"
     module, data = recipe(name), load("digits")

@@ -160,12 +160,17 @@ class Level(nn.Module):
         transformer=None,# transformer() -> SpatialTransformer; None: this grid has none
     ):
         super().__init__()
-        self.blocks = nn.ModuleList(residual(a, width) for a in ins)
+        self.blocks,self.to = nn.ModuleList(residual(a, width) for a in ins),move
         self.transformers = nn.ModuleList(transformer() for _ in ins if transformer)
         self.move = nn.Conv2d(width, width, 3, 2 if move=='down' else 1, padding=1) if move else None
-    def step(self, i:int, x:Tensor, emb:Tensor, told:Tensor, mask:Tensor)->Tensor: # the i-th block
-        x = self.blocks[i](x, emb)
-        return self.transformers[i](x, told, mask) if len(self.transformers) else x
+    def forward(self, x:Tensor, emb:Tensor, told:Tensor, mask:Tensor, beside=())->list: # what each step gives
+        out = [x]
+        for i,block in enumerate(self.blocks):
+            x = block(torch.cat([x, beside[-1-i]], 1) if beside else x, emb) # what was left last comes first
+            if len(self.transformers): x = self.transformers[i](x, told, mask)
+            out.append(x)
+        if self.to: out.append(self.move(F.interpolate(x, scale_factor=2.) if self.to=='up' else x))
+        return out[1:]
 
 # %% ../../nbs/04_diffusion/12_unet.ipynb #un000035
 def widths_in(
@@ -218,18 +223,14 @@ def descend(
     mask:Tensor, # (b l) bool, False is no word
 )->list:         # what each step leaves for the way up, (b d h w) on ever coarser grids
     left = [x]
-    for level in levels:
-        for i in range(len(level.blocks)): left.append(level.step(i, left[-1], emb, told, mask))
-        if level.move: left.append(level.move(left[-1]))
+    for level in levels: left += level(left[-1], emb, told, mask)
     return left
 
 def ascend(levels, x:Tensor, left:list, emb:Tensor, told:Tensor, mask:Tensor)->Tensor: # (b d h w)
     "Each block sees what came up and what was left last"
-    left = list(left)
     for level in levels:
-        for i in range(len(level.blocks)):
-            x = level.step(i, torch.cat([x, left.pop()], 1), emb, told, mask)
-        if level.move: x = level.move(F.interpolate(x, scale_factor=2.))
+        n = len(level.blocks)
+        x,left = level(x, emb, told, mask, left[-n:])[-1],left[:-n]
     return x
 
 # %% ../../nbs/04_diffusion/12_unet.ipynb #un00038b
