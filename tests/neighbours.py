@@ -171,6 +171,18 @@ def answer(F, x_t, s, mu, sd): return mu+(x_t-mu)/(1+s**2)+s/(1+s**2)**.5*F((x_t
 """),
         (3, "the skip without the network", "def answer(F, x_t, s, mu, sd): return mu+sd**2/(s**2+sd**2)*(x_t-mu)"),
     ],
+    "diffusion.unet": [
+        (1, "a shortcut also where the channels stay", "def answer(a, b, d): return solution_1(a, b, d)+(a*b+b if a==b else 0)"),
+        (1, "time that scales and shifts", "def answer(a, b, d): return solution_1(a, b, d)+d*b+b"),
+        (2, "one head in place of several", """
+def answer(layer, x, told, mask):
+    q,k,v_ = layer.q(x),layer.k(told),layer.v(told)
+    w = (q@k.mT/q.shape[-1]**.5).masked_fill(~mask[:,None], -torch.inf).softmax(-1)
+    return layer.out(w@v_)
+"""),
+        (2, "the places as they came", "def answer(layer, x, told, mask): return x"),
+        (3, "the whole network", "def answer(net, x_t, t, cond, k): return net(x_t, t, cond)"),
+    ],
     "diffusion.open_words": [
         (1, "over the pictures, not over the words", "def answer(log_density, share): return (log_density+share.log()).softmax(0)"),
         (1, "half of the log density", "def answer(log_density, share): return (log_density/2+share.log()).softmax(1)"),

@@ -87,18 +87,19 @@ def best_possible(b) -> float:  # overlap of a perfect map, as coarse as the net
     return sum(found) / len(found)
 
 
-def picture(arm, b, index) -> dict:  # one caption, its words, and the map of each at each of TIMES
+def picture(arm, b, index, n=6) -> list:  # captions, their words, and the map of each at each of TIMES
     "Something to look at"
-    inks = b.attrs["ink_left"] != b.attrs["ink_right"]
-    digits = b.attrs["digit_left"] != b.attrs["digit_right"]
-    i = (inks & digits & b.named["paper"]).nonzero()[0, 0].item()
-    words = split_words(b.captions[i])
-    keep, maps = [k for k, w in enumerate(words) if w not in ("a", "an", "of", "on")], []
-    for t in TIMES:
-        x_t, times = noised(arm.model, b.x[i : i + 1], t)
-        found = attention_maps(arm.model, x_t, times, arm.tok(b.captions[i : i + 1]))[0]
-        maps.append([[[round(u, 4) for u in row] for row in found[k + 1].tolist()] for k in keep])
-    return dict(index=index[i].item(), words=[words[k] for k in keep], maps=maps)
+    differ = (b.attrs["ink_left"] != b.attrs["ink_right"]) & (b.attrs["digit_left"] != b.attrs["digit_right"])
+    found = []
+    for i in (differ & b.named["paper"]).nonzero()[:n, 0].tolist():
+        words = split_words(b.captions[i])
+        keep, maps = [k for k, w in enumerate(words) if w not in ("a", "an", "of", "on")], []
+        for t in TIMES:
+            x_t, times = noised(arm.model, b.x[i : i + 1], t)
+            each = attention_maps(arm.model, x_t, times, arm.tok(b.captions[i : i + 1]))[0]
+            maps.append([[[round(u, 3) for u in row] for row in each[k + 1].tolist()] for k in keep])
+        found.append(dict(index=index[i].item(), words=[words[k] for k in keep], maps=maps))
+    return found
 
 
 def experiments(
