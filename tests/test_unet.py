@@ -82,7 +82,34 @@ def test_a_published_folder_opens(tmp_path):
     for folder in (tmp_path, tmp_path / "unet"):
         net = open_unet(folder)
         assert not net.training and all(torch.equal(v, to_diffusers(net)[k]) for k, v in ref.state_dict().items())
-    assert open_unet(tmp_path, torch.bfloat16).stem.weight.dtype == torch.bfloat16
+    low, (x, steps, cond) = open_unet(tmp_path, torch.bfloat16), asked("sdxl")
+    told = Cond(cond.seq.bfloat16(), cond.pooled, cond.mask, cond.ids, cond.numbers)
+    out = low(x.bfloat16(), steps / 1000, told)
+    assert out.dtype == torch.bfloat16 and torch.allclose(out.float(), net(x, steps / 1000, cond), atol=.05)
+
+
+@pytest.mark.parametrize("side", [(18, 18), (16, 24), (13, 21)])
+@torch.no_grad()
+def test_sides_of_any_length_as_in_diffusers(side):
+    ref = reference("sd15")
+    net = from_diffusers(StableUNet(**arguments(dict(ref.config))), ref.state_dict()).eval()
+    _, steps, cond = asked("sd15")
+    x = torch.randn(2, 4, *side)
+    want = ref(x, steps, cond.seq, encoder_attention_mask=cond.mask).sample
+    assert (want - net(x, (steps + 1) / 1000, cond)).abs().max() <= 1e-5
+
+
+def test_weights_are_copied_where_the_network_has_its_own():
+    ref = reference("scaled")
+    net = from_diffusers(StableUNet(**arguments(dict(ref.config))), ref.state_dict())
+    torch.nn.init.zeros_(net.stem.weight)
+    assert ref.conv_in.weight.any()
+
+
+def test_what_sdxl_is_told_has_to_fit():
+    net = from_diffusers(StableUNet(**arguments(dict(reference("sdxl").config))), reference("sdxl").state_dict())
+    x, steps, cond = asked("refiner")
+    with pytest.raises(CourseError, match=r"12 \+ 5 x 16 numbers, and this network was built for 108"): net(x, steps / 1000, cond)
 
 
 def test_what_is_no_published_folder_is_refused(tmp_path):
@@ -91,13 +118,16 @@ def test_what_is_no_published_folder_is_refused(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
 
     def changed(**fields): (tmp_path / "config.json").write_text(json.dumps(config | fields))
-    for field, value in dict(act_fn="gelu", class_embed_type="timestep", _class_name="UNet2DModel").items():
+    odd = dict(act_fn="gelu", class_embed_type="timestep", _class_name="UNet2DModel", time_embedding_act_fn="silu", future="yes")
+    for field, value in odd.items():
         changed(**{field: value})
         with pytest.raises(CourseError, match=f"{field} = '{value}'"): open_unet(tmp_path)
     changed(down_block_types=["AttnDownBlock2D", "DownBlock2D"])
     with pytest.raises(CourseError, match="AttnDownBlock2D"): open_unet(tmp_path)
     changed(up_block_types=config["up_block_types"][::-1])
     with pytest.raises(CourseError, match="the same on the way up"): open_unet(tmp_path)
+    changed(layers_per_block=[1, 2])
+    with pytest.raises(CourseError, match="one number for all grids"): open_unet(tmp_path)
     changed(layers_per_block=2)
     with pytest.raises(CourseError, match="another network"): open_unet(tmp_path)
     changed(cross_attention_dim=32)
@@ -154,6 +184,8 @@ def test_maps_are_shares_of_words():
     assert maps.shape == (5, tok.max_len, 8, 8) and torch.allclose(maps.sum(1), torch.ones(5, 8, 8), atol=1e-5)
     assert not maps[~tok(b.captions).mask].any()
     assert not any(m._forward_pre_hooks for m in den.net.modules())
+    wide = attention_maps(den, torch.randn(2, 3, 40, 64), torch.full((2,), .4), tok(["a red two", ""]))
+    assert wide.shape == (2, tok.max_len, 8, 13) and torch.allclose(wide.sum(1), torch.ones(2, 8, 13), atol=1e-5)
 
 
 def test_overlap():
@@ -179,6 +211,7 @@ def test_words_and_strokes_of_either_side():
         for side, tokens in side_words(b.captions[i]).items(): perfect[i, tokens] = m[side][i].float()
     own = dict(left=m["left"][keep], right=m["right"][keep])
     captions = [b.captions[i] for i in keep]
+    with pytest.raises(CourseError, match="no such word for the left digit"): word_overlap(perfect[:1], ["a digit left of a red two"], own)
     assert (word_overlap(perfect[keep], captions, own) == 1).all() and (word_overlap(perfect[keep], captions, own, swap=True) < .1).all()
 
 
@@ -199,4 +232,6 @@ def test_sweeps():
     rows = made(sweep)
     assert {k.rsplit(".", 1)[0] for k in rows} == {"setting", *(f"arms.{a}" for a in sweep.ARMS)}
     found = made(unet_maps)
-    assert 0 < found["best_possible"] < 1 and all(0 <= u <= 1 for k, m in found.items() if k.startswith("maps") for v in m.values() for u in v)
+    kinds = "own inks digits other_digit other_caption untrained".split()
+    maps = [m[u] for k, m in found.items() if k.startswith(("latents.", "pixels.")) for u in kinds]
+    assert 0 < found["best_possible"] < 1 and len(maps) == 12 and all(len(m) == len(unet_maps.TIMES) and all(0 <= w <= 1 for w in m) for m in maps)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'SIZES', 'OWN', 'waves', 'ResBlock', 'fast_attend', 'Attention', 'FeedForward', 'TransformerBlock',
-           'SpatialTransformer', 'Level', 'widths_in', 'Middle', 'grids', 'descend', 'ascend', 'adapted', 'vector_of',
-           'Through', 'StableUNet', 'published_name', 'to_diffusers', 'from_diffusers', 'arguments', 'open_unet',
-           'Config', 'recipe_for', 'zeroed', 'text_unet', 'build', 'attention_maps', 'side_words', 'side_masks',
-           'overlap', 'word_overlap']
+           'SpatialTransformer', 'Level', 'widths_in', 'Middle', 'grids', 'descend', 'ascend', 'adapted', 'Through',
+           'StableUNet', 'published_name', 'to_diffusers', 'from_diffusers', 'arguments', 'open_unet', 'Config',
+           'recipe_for', 'zeroed', 'text_unet', 'build', 'attention_maps', 'side_words', 'side_masks', 'overlap',
+           'word_overlap']
 
 # %% ../../nbs/04_diffusion/12_unet.ipynb #un000004
 import json, re
@@ -29,8 +29,9 @@ def waves(
     dim:int,        # numbers that each of them becomes, even
 )->Tensor:          # (b n*dim) float32
     "Cosines, then sines, of dim/2 frequencies from 1 down to about 1/10000 (arXiv:1706.03762, section 3.5)"
-    i = torch.arange(dim//2, dtype=torch.float64, device=numbers.device)
-    a = numbers[...,None].double()*10_000**(-2*i/dim)
+    kind = torch.float32 if numbers.device.type=='mps' else torch.float64 # Apple GPUs have no float64
+    i = torch.arange(dim//2, dtype=kind, device=numbers.device)
+    a = numbers[...,None].to(kind)*10_000**(-2*i/dim)
     return torch.cat([a.cos(), a.sin()], -1).flatten(1).float()
 
 # %% ../../nbs/04_diffusion/12_unet.ipynb #un000018
@@ -163,13 +164,13 @@ class Level(nn.Module):
         self.blocks,self.way = nn.ModuleList(residual(a, width) for a in ins),move
         self.transformers = nn.ModuleList(transformer() for _ in ins if transformer)
         self.move = nn.Conv2d(width, width, 3, 2 if move=='down' else 1, padding=1) if move else None
-    def forward(self, x:Tensor, emb:Tensor, told:Tensor, mask:Tensor, beside=())->list: # what each step gives
-        out = [x]
+    def forward(self, x:Tensor, emb:Tensor, told:Tensor, mask:Tensor, beside=(), size=None)->list:
+        out = [x] # and what each step gives; size: of the next grid on the way up
         for i,block in enumerate(self.blocks):
             x = block(torch.cat([x, beside[-1-i]], 1) if beside else x, emb) # what was left last comes first
             if len(self.transformers): x = self.transformers[i](x, told, mask)
             out.append(x)
-        if self.way: out.append(self.move(F.interpolate(x, scale_factor=2.) if self.way=='up' else x))
+        if self.way: out.append(self.move(F.interpolate(x, size) if self.way=='up' else x))
         return out[1:]
 
 # %% ../../nbs/04_diffusion/12_unet.ipynb #un000035
@@ -232,9 +233,22 @@ def descend(
 def ascend(levels, x:Tensor, left:list, emb:Tensor, told:Tensor, mask:Tensor)->Tensor: # (b d h w)
     "Each block sees what came up and what was left last"
     for level in levels:
-        n = len(level.blocks)
-        x,left = level(x, emb, told, mask, left[-n:])[-1],left[:-n]
+        beside,left = left[-len(level.blocks):],left[:-len(level.blocks)]
+        x = level(x, emb, told, mask, beside, left[-1].shape[2:] if left else None)[-1]
     return x
+
+# %% ../../nbs/04_diffusion/12_unet.ipynb #un00038d
+def vector_of(a:int, b:int)->nn.Module: # waves (n a) -> vector (n b)
+    return nn.Sequential(nn.Linear(a, b), nn.SiLU(), nn.Linear(b, b))
+
+def also_told(net, cond:Cond)->Tensor: # (b d_add) what SDXL is told beside the words
+    told = torch.cat([cond.pooled, waves(cond.numbers, net.d_number)], 1)
+    wanted = net.add[0].in_features
+    if told.shape[1]!=wanted: raise CourseError(
+        f'cond.pooled and the waves of cond.numbers have {cond.pooled.shape[1]} + {cond.numbers.shape[1]} x '
+        f'{net.d_number} numbers, and this network was built for {wanted}: give it the caption\'s vector and '
+        'the sizes that it was trained with')
+    return told
 
 # %% ../../nbs/04_diffusion/12_unet.ipynb #un00038b
 def adapted(
@@ -248,18 +262,15 @@ def adapted(
     return x+more[-1],[a+b for a,b in zip(left, more)]
 
 # %% ../../nbs/04_diffusion/12_unet.ipynb #un000039
-def vector_of(a:int, b:int)->nn.Module: # waves (n a) -> vector (n b)
-    return nn.Sequential(nn.Linear(a, b), nn.SiLU(), nn.Linear(b, b))
-
 class Through(nn.Module):
     "The forward pass; `StableUNet` lists the parts"
     def embed(self, t:Tensor, cond:Cond)->Tensor: # (b d_emb)
         "The time and, for SDXL, the whole caption and the sizes; published step i is t = (i+1)/1000"
-        emb = self.time(waves(1000*t.double()[:,None]-1, self.stem.out_channels))
-        if self.add is None: return emb
-        return emb+self.add(torch.cat([cond.pooled, waves(cond.numbers, self.d_number)], 1))
+        t,kind = t if t.device.type=='mps' else t.double(),self.stem.weight.dtype
+        emb = self.time(waves(1000*t[:,None]-1, self.stem.out_channels).to(kind))
+        return emb if self.add is None else emb+self.add(also_told(self, cond).to(kind))
     def forward(self,
-        x_t:Tensor,    # (b in_channels h w), sides multiples of `multiple`
+        x_t:Tensor,    # (b in_channels h w), sides multiples of patch
         t:Tensor,      # (b) time, 0 = data, 1 = noise
         cond:Cond,     # seq (b l d_told) and mask (b l); SDXL also reads pooled and numbers
         more:list=(),  # of an adapter: what is added to each thing left on the way down, and to the middle
@@ -346,7 +357,8 @@ def from_diffusers(
     odd = own.keys()^state.keys()
     if odd: raise CourseError(f'these weights are of another network ({len(odd)} names differ, such as '
                               f'{min(odd)}): give the sizes of its own config.json')
-    try: net.load_state_dict({own[k]:v for k,v in state.items()}, assign=True)
+    empty = any(p.is_meta for p in net.parameters()) # only then are the tensors themselves taken
+    try: net.load_state_dict({own[k]:v for k,v in state.items()}, assign=empty)
     except RuntimeError as e: raise CourseError(
         f'these weights are of another size ({str(e).splitlines()[1].strip()})') from e
     return net
@@ -360,7 +372,11 @@ _ONLY = dict(_class_name='UNet2DConditionModel', act_fn='silu', mid_block_type='
              mid_block_scale_factor=1, time_embedding_type='positional', time_embedding_dim=None,
              timestep_post_act=None, time_cond_proj_dim=None, conv_in_kernel=3, conv_out_kernel=3,
              attention_type='default', cross_attention_norm=None, resnet_skip_time_act=False,
-             resnet_out_scale_factor=1., reverse_transformer_layers_per_block=None, num_class_embeds=None)
+             resnet_out_scale_factor=1., reverse_transformer_layers_per_block=None, num_class_embeds=None,
+             time_embedding_act_fn=None, mid_block_only_cross_attention=None)
+# these change nothing here; upcast_attention only sets a precision
+_FREE = {'sample_size', 'up_block_types', 'upcast_attention', 'class_embeddings_concat',
+         'addition_embed_type_num_heads'}
 _WHOLE = dict(block_out_channels=(320,640,1280,1280), layers_per_block=2, cross_attention_dim=1280,
               down_block_types=('CrossAttnDownBlock2D',)*3+('DownBlock2D',), in_channels=4, out_channels=4,
               attention_head_dim=8, transformer_layers_per_block=1, norm_num_groups=32,
@@ -372,6 +388,11 @@ def _check(config:dict): # refuse what cannot be built, by the field that asks f
     for k,only in _ONLY.items():
         if config.get(k, only)!=only: raise CourseError(
             f'config.json says {k} = {config[k]!r}, and StableUNet can only have {only!r}')
+    odd = [k for k,v in config.items() if not k.startswith('_') and v not in (None, False)
+           and k not in _ONLY|_WHOLE and k not in _FREE]
+    if odd: raise CourseError(f'config.json says {odd[0]} = {config[odd[0]]!r}, which StableUNet does not know')
+    if not isinstance(config.get('layers_per_block', 2), int): raise CourseError(
+        f'config.json says layers_per_block = {config["layers_per_block"]!r}: one number for all grids, here')
     down = config.get('down_block_types', _WHOLE['down_block_types'])
     up = config.get('up_block_types', [k.replace('Down', 'Up') for k in down[::-1]])
     strange = set(down)-{'CrossAttnDownBlock2D', 'DownBlock2D'}
@@ -495,16 +516,17 @@ def attention_maps(
     x_t:Tensor,  # (b c h w) noised pictures
     t:Tensor,    # (b) time
     cond:Cond,   # (b) captions of l tokens
-    side:int=8,  # rows of the maps, of the coarsest grid that has a transformer
+    side:int=8,  # rows of the maps; maps of other grids are resized
 )->Tensor:       # (b l side side*w/h) how much each place listens to each token; sums to 1 over the tokens
     "The weights of all cross-attentions, mean over heads and layers (arXiv:2208.01626, section 3)"
-    found,size = [],(side, side*x_t.shape[3]//x_t.shape[2])
+    wide = x_t.shape[3]/x_t.shape[2]
+    found,size = [],(side, round(side*wide))
     def note(attn, args):
         x,told,mask = args
         k = attn.split(attn.k(told)) # only the weights are wanted, so any values do
         w = attend(attn.split(attn.q(x)), k, k, mask[:,None,None])[1].float().mean(1)
-        w = w.mT.unflatten(2, (-1, round((w.shape[1]*size[1]/size[0])**.5)))
-        found.append(F.interpolate(w, size=size, mode='bilinear', align_corners=False))
+        w = w.mT.unflatten(2, (-1, round((w.shape[1]*wide)**.5)))
+        found.append(F.interpolate(w, size=size, mode='bilinear', align_corners=False, antialias=True))
     blocks = [m for m in den.net.modules() if isinstance(m, TransformerBlock)]
     hooks = [m.cross_attn.register_forward_pre_hook(note) for m in blocks]
     try: den.predict(x_t, t, cond)
@@ -561,6 +583,7 @@ def word_overlap(
     found = []
     for i,caption in enumerate(captions):
         for side,tokens in side_words(caption, among).items():
+            if not tokens: raise CourseError(f"'{caption}' has no such word for the {side} digit")
             truth = masks[dict(left='right', right='left')[side] if swap else side][i:i+1]
             m = maps[i,tokens].mean(0)[None,None]
             m = F.interpolate(m, size=truth.shape[1:], mode='bilinear', align_corners=False)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from t2i_course.codec import vae
 from t2i_course.core.data import INKS, NUMBERS, Draws, Wrapped, split_words
+from t2i_course.core.files import CourseError
 from t2i_course.core.experiments import best_precision, fit, setting
 from t2i_course.core.metrics import judge_for, obedience, shuffled
 from t2i_course.core.sources import load
@@ -50,6 +51,8 @@ def fully_named(
     b = data.batch("test", Draws(0, index))
     full = torch.stack([b.named[k] for k in b.named if k != "paper"]).all(0)
     keep = index[full][:n]
+    if len(keep) < n:
+        raise CourseError(f"only {len(keep)} of {len(index)} captions name all; {n} are wanted")
     return data.batch("test", Draws(0, keep)), keep
 
 
