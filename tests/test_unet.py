@@ -81,7 +81,8 @@ def test_a_published_folder_opens(tmp_path):
     ref.save_pretrained(tmp_path / "unet")
     for folder in (tmp_path, tmp_path / "unet"):
         net = open_unet(folder)
-        assert not net.training and all(torch.equal(v, to_diffusers(net)[k]) for k, v in ref.state_dict().items())
+        own = to_diffusers(net)
+        assert not net.training and all(torch.equal(v, own[k]) for k, v in ref.state_dict().items())
     low, (x, steps, cond) = open_unet(tmp_path, torch.bfloat16), asked("sdxl")
     told = Cond(cond.seq.bfloat16(), cond.pooled, cond.mask, cond.ids, cond.numbers)
     out = low(x.bfloat16(), steps / 1000, told)

@@ -390,7 +390,8 @@ def _check(config:dict): # refuse what cannot be built, by the field that asks f
             f'config.json says {k} = {config[k]!r}, and StableUNet can only have {only!r}')
     odd = [k for k,v in config.items() if not k.startswith('_') and v not in (None, False)
            and k not in _ONLY|_WHOLE and k not in _FREE]
-    if odd: raise CourseError(f'config.json says {odd[0]} = {config[odd[0]]!r}, which StableUNet does not know')
+    if odd: raise CourseError(
+        f'config.json says {odd[0]} = {config[odd[0]]!r}, which StableUNet does not know')
     if not isinstance(config.get('layers_per_block', 2), int): raise CourseError(
         f'config.json says layers_per_block = {config["layers_per_block"]!r}: one number for all grids, here')
     down = config.get('down_block_types', _WHOLE['down_block_types'])
